@@ -1,0 +1,1 @@
+"""Triton kernels, one flat file per operator; imported as ``prelora.kernels``."""

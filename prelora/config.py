@@ -1,0 +1,138 @@
+"""``PreLoRAConfig``: every hyperparameter of the algorithm, frozen and validated."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Freeze = Literal["targets", "all"]
+Aggregate = Literal["mean", "mean_abs"]
+Window = Literal["mean", "last"]
+Normalize = Literal["minmax", "quantile"]
+
+PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
+
+
+def is_power_of_two(value: int) -> bool:
+    """Whether ``value`` is 1, 2, 4, 8, …"""
+    return value >= 1 and value & (value - 1) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreLoRAConfig:
+    """Hyperparameters of PreLoRA; the defaults are the paper's Exp2 with w = 10.
+
+    Raises:
+        ValueError: a value lies outside what is accepted; the message names both.
+        TypeError: a value is of the wrong type.
+    """
+
+    k: int = 3
+    """Windows compared by the convergence test (Algorithm 1); at least 2."""
+    m: int = 3
+    """Epochs per window (Algorithm 1); at least 1."""
+    tau: float = 0.5
+    """Largest change of a group's weight norm between windows, in percent (Algorithm 1, line 7)."""
+    zeta: float = 2.5
+    """Largest change of the training loss between windows, in percent (Algorithm 1, line 7)."""
+    r_min: int = 8
+    """Smallest rank (Algorithm 2); a power of two."""
+    r_max: int = 64
+    """Largest rank (Algorithm 2); a power of two, at least ``r_min``."""
+    warmup_epochs: int = 10
+    """Epochs w in which base and LoRA train together before the base is frozen (section 3.3)."""
+    freeze: Freeze = "targets"
+    """What is frozen after the warm-up: the targets' weights and biases, or all but LoRA."""
+    aggregate: Aggregate = "mean"
+    """Norm change of a group: change of the layers' mean norm, or mean of the layers' absolute changes."""
+    window: Window = "mean"
+    """What stands for a window: the mean of its epochs, or its last epoch."""
+    monitor_from: int = 0
+    """Finished epochs before monitoring starts: the length of the learning rate's warm-up."""
+    min_epoch: int = 0
+    """The test cannot pass before this many epochs are finished."""
+    deadline: int | None = None
+    """Switch once this many epochs are finished, whatever the test says; None: never force it."""
+    normalize: Normalize = "minmax"
+    """How a group's changes become v in [0, 1] (Algorithm 2, line 10): min-max, or by quantile."""
+    budget: float | None = None
+    """Largest trainable share of the parameters in the LORA phase, in (0, 1]; None: as the ranks fall."""
+    alpha: float | None = None
+    """LoRA's scaling is alpha / rank; None: alpha = rank of each layer, so the scaling is 1."""
+    lora_dropout: float = 0.0
+    """Dropout on the adapters' input, in [0, 1)."""
+    lora_lr_mult: float = 1.0
+    """LoRA's learning rate over that of the weight it adapts."""
+    log_updates: bool = True
+    """Log each epoch's relative update norm, at the price of a copy of the targets' weights."""
+
+    def __post_init__(self) -> None:
+        for name, low in [("k", 2), ("m", 1), ("warmup_epochs", 0), ("monitor_from", 0), ("min_epoch", 0)]:
+            _check_int(name, getattr(self, name), low)
+        for name in ("tau", "zeta", "lora_lr_mult"):
+            _check_positive(name, getattr(self, name))
+        for name in ("r_min", "r_max"):
+            _check_int(name, getattr(self, name), 1)
+            if not is_power_of_two(getattr(self, name)):
+                raise ValueError(f"{name} = {getattr(self, name)}: must be a power of two (1, 2, 4, 8, …)")
+        if self.r_min > self.r_max:
+            raise ValueError(f"r_min = {self.r_min} > r_max = {self.r_max}: r_min must be at most r_max")
+        if self.deadline is not None:
+            _check_int("deadline", self.deadline, 1)
+            if self.deadline < max(self.min_epoch, self.monitor_from + 2):
+                raise ValueError(
+                    f"deadline = {self.deadline}: must be at least min_epoch = {self.min_epoch} and leave two "
+                    f"monitored epochs after monitor_from = {self.monitor_from}, from which ranks are computed"
+                )
+        if self.alpha is not None:
+            _check_positive("alpha", self.alpha)
+        if self.budget is not None:
+            _check_number("budget", self.budget, "in (0, 1]")
+            if not 0 < self.budget <= 1:
+                raise ValueError(f"budget = {self.budget}: a share of the parameters, accepted in (0, 1]")
+        _check_number("lora_dropout", self.lora_dropout, "in [0, 1)")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout = {self.lora_dropout}: accepted in [0, 1)")
+        for name, accepted in _CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
+
+    @classmethod
+    def paper(cls, experiment: str = "exp2", **overrides: Any) -> PreLoRAConfig:
+        """The paper's setting ``"exp1"``, ``"exp2"`` or ``"exp3"`` (Table 1; k = m = 3, ranks 8 to 64, w = 10).
+
+        Raises:
+            ValueError: no such experiment.
+        """
+        if experiment not in PAPER_THRESHOLDS:
+            raise ValueError(f"experiment {experiment!r}: accepted are {', '.join(PAPER_THRESHOLDS)}")
+        tau, zeta = PAPER_THRESHOLDS[experiment]
+        return dataclasses.replace(cls(tau=tau, zeta=zeta), **overrides)
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "freeze": get_args(Freeze),
+    "aggregate": get_args(Aggregate),
+    "window": get_args(Window),
+    "normalize": get_args(Normalize),
+}
+
+
+def _check_int(name: str, value: object, low: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: must be an integer, at least {low}")
+    if value < low:
+        raise ValueError(f"{name} = {value}: must be at least {low}")
+
+
+def _check_number(name: str, value: object, accepted: str) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}: must be a number {accepted}")
+
+
+def _check_positive(name: str, value: float) -> None:
+    _check_number(name, value, "above 0")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} = {value}: must be finite and above 0")

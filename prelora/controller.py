@@ -1,0 +1,407 @@
+"""``PreLoRA``: the state machine FULL → WARMUP → LORA around a model and its optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prelora import distributed, monitor, optim, surgery
+from prelora.config import PreLoRAConfig
+from prelora.convergence import Verdict
+from prelora.errors import CheckpointError, PreLoRAWarning
+from prelora.monitor import Monitor, Norms
+from prelora.ranks import assign_ranks
+from prelora.targets import Layout, Target, find_targets, target_shape
+
+Phase = Literal["full", "warmup", "lora"]
+Action = Literal["none", "switch", "freeze", "switch+freeze"]
+
+STATE_VERSION = 1
+RAMP_SHARE, RAMP_STEPS = 0.01, 500
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an epoch's end found and did, and why."""
+
+    epoch: int
+    """Epochs finished."""
+    phase: Phase
+    """The phase from now on."""
+    action: Action
+    reason: str
+    loss: float
+    """Mean training loss over ranks."""
+    norms: Norms
+    norm_changes: dict[str, tuple[float, ...]]
+    """Each group's changes between the last k windows, in percent, to hold against tau; empty when not tested."""
+    loss_changes: tuple[float, ...]
+    """The loss's changes between the last k windows, in percent, to hold against zeta; empty when not tested."""
+    ranks: dict[str, int]
+    """The plan, by target; empty before the switch."""
+    trainable: int
+    """Parameters that train from now on."""
+    trainable_share: float
+    """``trainable`` over the model's parameters without LoRA."""
+    released: dict[str, int] = field(default_factory=dict)
+    """Bytes that this epoch's freeze gave back, by item."""
+
+
+class PreLoRA:
+    """Takes a model and its optimizer through full training, joint warm-up and LoRA, inside one process.
+
+    Call ``end_epoch(loss)`` once an epoch on every rank; ``model``, ``optimizer``, ``scheduler`` and ``ema`` are
+    current after it. At a switch they may be new objects; the replaced ones raise when used.
+
+    Args:
+        model: plain, in DDP, compiled, or both.
+        optimizer: over the model's parameters.
+        config: None: the defaults (the paper's Exp2).
+        targets: where LoRA goes, as in ``find_targets``.
+        scheduler: a torch or timm LR scheduler of the optimizer, to be carried along.
+        ema: an averaged copy of the model with a ``module`` (timm's ``ModelEmaV3``), to be extended with LoRA.
+        total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
+            switch, at most 500; None: 1 % of the steps done.
+        seed: from which A is drawn.
+
+    Raises:
+        TargetError, OptimizerError, TypeError: the model, optimizer or wrapper cannot go through the switch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        config: PreLoRAConfig | None = None,
+        *,
+        targets: Layout | Sequence[Target] | str | None = None,
+        scheduler: Any = None,
+        ema: Any = None,
+        total_steps: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config = config or PreLoRAConfig()
+        self.model = model
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.ema = ema
+        self.total_steps = total_steps
+        self.seed = seed
+        self.phase: Phase = "full"
+        self.epoch = 0
+        """Epochs finished."""
+        self.step = 0
+        """Optimizer steps taken."""
+        self.switch_epoch: int | None = None
+        self.ranks: dict[str, int] = {}
+        """The plan by target; empty before the switch."""
+        self.targets = find_targets(self.base_model, targets)
+        optim.check_rebuildable(optimizer)
+        self._monitor = Monitor(self.targets, self.config)
+        self._ramp = optim.LoRARamp(0, 0)
+        self._hooks: list[Any] = []
+        self._watch_steps()
+        self._snapshot = monitor.take_snapshot(self.base_model, self.targets) if self.config.log_updates else None
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The plain model inside ``model``'s wrappers."""
+        return distributed.unwrap(self.model)
+
+    def end_epoch(self, loss: float | Tensor, probe: Any = None) -> Event:
+        """Record an epoch and, when it is time, switch or freeze; on every rank, at the same epoch boundary.
+
+        Args:
+            loss: this rank's mean training loss of the epoch, as optimised.
+            probe: a batch for the model (a tensor, or a tuple of arguments); given, the logits before and after
+                injection are compared on it.
+
+        Raises:
+            RuntimeError: the switch did not do what it promises (function, ranks, equality between ranks).
+        """
+        self.epoch += 1
+        mean_loss = distributed.mean_over_ranks(float(loss))
+        norms = monitor.measure(self.base_model, self.targets, self._snapshot)
+        # Rank 0's numbers and decision are everyone's: a reduction need not round alike on every rank.
+        norms = Norms(**distributed.broadcast_json(dataclasses.asdict(norms)))
+        if self.phase == "full" and self.epoch > self.config.monitor_from:
+            self._monitor.record(mean_loss, norms.effective)
+        verdict, action = self._decide()
+        action = distributed.broadcast_json(action)
+        released: dict[str, int] = {}
+        if action != "none":
+            ranks = distributed.broadcast_json(self._plan() if action.startswith("switch") else self.ranks)
+            released = self._change(action, ranks, probe)
+        if self._snapshot is not None:
+            self._snapshot = monitor.take_snapshot(self.base_model, self.targets)
+        trainable, total = parameter_counts(self.base_model)
+        return Event(
+            epoch=self.epoch,
+            phase=self.phase,
+            action=action,
+            reason=verdict.reason,
+            loss=mean_loss,
+            norms=norms,
+            norm_changes=verdict.norm_changes,
+            loss_changes=verdict.loss_changes,
+            ranks=dict(self.ranks),
+            trainable=trainable,
+            trainable_share=trainable / total,
+            released=released,
+        )
+
+    def merged_state_dict(self, ema: bool = False) -> dict[str, Tensor]:
+        """State dict of the plain timm or transformers model, of the weights or of their average.
+
+        Raises:
+            ValueError: ``ema`` without one.
+        """
+        if ema and self.ema is None:
+            raise ValueError("merged_state_dict(ema=True): PreLoRA was given no ema")
+        return surgery.merged_state_dict(self.ema.module if ema else self.base_model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from here: nested dicts of tensors (not copied) and plain values."""
+        return {
+            "version": STATE_VERSION,
+            "config": dataclasses.asdict(self.config),
+            "targets": [dataclasses.asdict(target) for target in self.targets],
+            "phase": self.phase,
+            "epoch": self.epoch,
+            "step": self.step,
+            "switch_epoch": self.switch_epoch,
+            "seed": self.seed,
+            "ranks": dict(self.ranks),
+            "ramp": {"start": self._ramp.start, "length": self._ramp.length},
+            "monitor": self._monitor.state_dict(),
+            "snapshot": dict(self._snapshot) if self._snapshot is not None else None,
+            "model": dict(self.base_model.state_dict()),
+            "optimizer": optim.named_state(self.optimizer, self.base_model),
+            "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
+            "ema": dict(self.ema.module.state_dict()) if self.ema is not None else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Rebuild the saved phase's structure, then load; into a PreLoRA built as the saved one was, on every rank.
+
+        Raises:
+            CheckpointError: the state is of another model, config, optimizer or version; nothing is changed then.
+            RuntimeError: this PreLoRA has switched already.
+        """
+        if self.phase != "full":
+            raise RuntimeError(f"load_state_dict in phase {self.phase!r}: load into a freshly built PreLoRA")
+        self._check_state(state)
+        self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
+        if state["phase"] != "full":
+            action: Action = "switch" if state["phase"] == "warmup" else "switch+freeze"
+            self._change(action, state["ranks"], probe=None)
+        self.switch_epoch = state["switch_epoch"]
+        self._ramp = optim.LoRARamp(**state["ramp"])
+        self._monitor.load_state_dict(state["monitor"])
+        self.base_model.load_state_dict(state["model"])
+        optim.load_named_state(self.optimizer, self.base_model, state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(dict(state["scheduler"]))
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        if self._snapshot is not None:
+            self._snapshot = {
+                path: state["snapshot"][path].to(tensor, copy=True) for path, tensor in self._snapshot.items()
+            }
+        distributed.check_same_on_all_ranks(self.base_model)
+
+    def _decide(self) -> tuple[Verdict, Action]:
+        config = self.config
+        if self.phase == "warmup":
+            assert self.switch_epoch is not None
+            done = self.epoch - self.switch_epoch
+            over = done >= config.warmup_epochs
+            return Verdict(
+                over, f"warm-up epoch {done} of {config.warmup_epochs}", {}, ()
+            ), "freeze" if over else "none"
+        if self.phase == "lora":
+            return Verdict(False, "training LoRA", {}, ()), "none"
+        switch: Action = "switch" if config.warmup_epochs else "switch+freeze"
+        if self.epoch <= config.monitor_from:
+            verdict = Verdict(False, f"monitoring starts after epoch {config.monitor_from}", {}, ())
+        elif self._monitor.window_complete:
+            verdict = self._monitor.test()
+            if verdict.passed and self.epoch < config.min_epoch:
+                reason = f"passed, but epoch {self.epoch} is before min_epoch = {config.min_epoch}"
+                verdict = dataclasses.replace(verdict, passed=False, reason=reason)
+        else:
+            verdict = Verdict(False, f"window of {config.m} epochs not complete", {}, ())
+        if verdict.passed:
+            return verdict, switch
+        if config.deadline is not None and self.epoch >= config.deadline:
+            reason = f"forced by deadline = {config.deadline}; {verdict.reason}"
+            return dataclasses.replace(verdict, reason=reason), switch
+        return verdict, "none"
+
+    def _plan(self) -> dict[str, int] | None:
+        """Algorithm 2, on rank 0; the others take it by broadcast."""
+        if distributed.rank() != 0:
+            return None
+        model = self.base_model
+        shapes = {target.name: target_shape(model, target) for target in self.targets}
+        paths = {f"{target.path}.{part}" for target in self.targets for part in ("weight", "bias")}
+        others = sum(
+            p.numel() for name, p in model.named_parameters()
+            if p.requires_grad and name not in paths and self.config.freeze == "targets"
+        )  # fmt: skip
+        return assign_ranks(
+            self._monitor.changes(),
+            shapes,
+            self.config,
+            total_parameters=parameter_counts(model)[1],
+            other_trainable=others,
+        )
+
+    def _change(self, action: Action, ranks: Mapping[str, int], probe: Any) -> dict[str, int]:
+        """Surgery on the plain model, then optimizer, scheduler and wrappers anew; returns the bytes released."""
+        model = self.base_model
+        added: dict[str, str] = {}
+        dropped: list[str] = []
+        released: dict[str, int] = {}
+        if action.startswith("switch"):
+            before = _logits(model, probe)
+            added = self._inject(model, ranks)
+            after = _logits(model, probe)
+            if before is not None and after is not None and not torch.equal(before, after):
+                raise RuntimeError(f"injection changed the logits by up to {(after - before).abs().max():.3g}")
+            remaining = self.total_steps - self.step if self.total_steps is not None else self.step
+            self._ramp = optim.LoRARamp(self.step, min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0))))
+            self.switch_epoch, self.ranks, self.phase = (
+                self.epoch,
+                {t.name: ranks[t.name] for t in self.targets},
+                "warmup",
+            )
+        if action.endswith("freeze"):
+            dropped = surgery.freeze(model, self.targets, self.config.freeze)
+            released = self._released(model, dropped)
+            self.phase = "lora"
+        for hook in self._hooks:
+            hook.remove()
+        self.optimizer, parents = optim.rebuild_optimizer(
+            self.optimizer, model, added=added, dropped=dropped, lr_mult=self.config.lora_lr_mult
+        )
+        if self.scheduler is not None:
+            self.scheduler = optim.rebuild_scheduler(self.scheduler, self.optimizer, parents)
+        self._watch_steps()
+        self.model = distributed.rewrap(self.model)
+        distributed.check_same_on_all_ranks(model)
+        return released
+
+    def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
+        config = self.config
+        added = surgery.inject(
+            model, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
+        )
+        if self.ema is not None:
+            averaged = self.ema.module
+            surgery.inject(
+                averaged, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
+            )
+            averaged.requires_grad_(False)
+        return added
+
+    def _released(self, model: nn.Module, dropped: Sequence[str]) -> dict[str, int]:
+        parameters = dict(model.named_parameters())
+        state = optim.state_bytes(self.optimizer)
+        gradients = sum(parameters[name].nbytes for name in dropped)
+        released = {
+            "gradients": gradients,
+            "optimizer_state": sum(state.get(parameters[name], 0) for name in dropped),
+        }
+        if distributed.has_gradient_buckets(self.model):
+            released["ddp_buckets"] = gradients
+        return released
+
+    def _watch_steps(self) -> None:
+        def before(optimizer: Optimizer, *_: Any) -> None:
+            self._ramp.before(optimizer, self.step)
+
+        def after(optimizer: Optimizer, *_: Any) -> None:
+            self._ramp.after(optimizer)
+            self.step += 1
+
+        self._hooks = [
+            self.optimizer.register_step_pre_hook(before),
+            self.optimizer.register_step_post_hook(after),
+        ]
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("version") != STATE_VERSION:
+            raise CheckpointError(
+                f"state of version {state.get('version')}; this prelora reads version {STATE_VERSION}"
+            )
+        current = {target.name: [target.path, target.group, target.rows] for target in self.targets}
+        saved = {Target(**_with_rows(t)).name: [t["path"], t["group"], _with_rows(t)["rows"]] for t in state["targets"]}
+        if current != saved:
+            different = sorted(set(current) ^ set(saved)) or [name for name in current if current[name] != saved[name]]
+            raise CheckpointError(
+                f"the state is of another model or targets: they differ in {', '.join(different[:4])}"
+            )
+        for name, value in dataclasses.asdict(self.config).items():
+            if state["config"].get(name) != value:
+                raise CheckpointError(
+                    f"the state was saved with {name} = {state['config'].get(name)}, the config says {value}: "
+                    f"resume with the config that it was saved with"
+                )
+        mine = {name: tuple(tensor.shape) for name, tensor in self.base_model.state_dict().items()}
+        theirs = {name: tuple(t.shape) for name, t in state["model"].items() if not surgery.is_lora(name)}
+        if mine != theirs:
+            name = next(name for name in [*mine, *theirs] if mine.get(name) != theirs.get(name))
+            raise CheckpointError(
+                f"the state is of another model: {name} is {theirs.get(name)} there and {mine.get(name)} here"
+            )
+        if (self.ema is None) != (state["ema"] is None):
+            raise CheckpointError(f"the state holds {'no' if state['ema'] is None else 'an'} EMA, unlike this run")
+        if state["optimizer"]["class"] != type(self.optimizer).__name__:
+            raise CheckpointError(
+                f"the state's optimizer is {state['optimizer']['class']}, not {type(self.optimizer).__name__}"
+            )
+        if self.seed != state["seed"]:
+            warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=3)
+
+
+def parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Parameters that train, and parameters of the model without LoRA."""
+    named = list(model.named_parameters())
+    trainable = sum(parameter.numel() for _, parameter in named if parameter.requires_grad)
+    return trainable, sum(parameter.numel() for name, parameter in named if not surgery.is_lora(name))
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, probe: Any) -> Tensor | None:
+    if probe is None:
+        return None
+    training = {module: module.training for module in model.modules()}
+    output = model.eval()(*(probe if isinstance(probe, tuple) else (probe,)))
+    for module, mode in training.items():
+        module.training = mode
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def _plain(value: Any) -> Any:
+    """The part of a scheduler's state that is plain data; the rest is what its constructor was given."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items() if isinstance(k, str) and _is_plain(v)}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return type(value) in (int, float, bool, str, dict, type(None))
+
+
+def _with_rows(target: Mapping[str, Any]) -> dict[str, Any]:
+    return {**target, "rows": None if target["rows"] is None else tuple(target["rows"])}

@@ -1,0 +1,186 @@
+"""Unwrap and wrap models around surgery, and the few collectives that keep ranks of one mind.
+
+Nothing is pickled: objects travel as JSON in byte tensors.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.eval_frame import OptimizedModule
+from torch.nn.parallel import DistributedDataParallel
+
+
+def world_size() -> int:
+    """Ranks of the default process group; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 without a process group."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model inside DDP and ``torch.compile`` wrappers, in any order.
+
+    Raises:
+        TypeError: a wrapper whose inside cannot be changed in a run.
+    """
+    if isinstance(model, OptimizedModule):
+        return unwrap(model._orig_mod)
+    if isinstance(model, DistributedDataParallel):
+        return unwrap(model.module)
+    name = type(model).__name__
+    if name in ("DataParallel", "FullyShardedDataParallel"):
+        raise TypeError(f"{name} is not supported: wrap the model in DistributedDataParallel")
+    sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
+    if sharded is not None:
+        raise TypeError(f"parameter {sharded!r} is a sharded DTensor (FSDP2); accepted are plain and DDP models")
+    return model
+
+
+def rewrap(model: nn.Module) -> nn.Module:
+    """The same wrappers built anew around the plain model inside, after surgery on it; on all ranks together.
+
+    Old DDP wrappers are retired: calling one raises. Compiled code is dropped, so the next call compiles again.
+    """
+    if _is_compiled(model):
+        torch._dynamo.reset()
+    return _rewrap(model)
+
+
+def _rewrap(model: nn.Module) -> nn.Module:
+    if isinstance(model, OptimizedModule):
+        inner = _rewrap(model._orig_mod)
+        return model if inner is model._orig_mod else OptimizedModule(inner, model.dynamo_ctx)
+    if not isinstance(model, DistributedDataParallel):
+        return model
+    wrapped = DistributedDataParallel(
+        _rewrap(model.module),
+        device_ids=model.device_ids,
+        output_device=model.output_device,
+        dim=model.dim,
+        broadcast_buffers=model.broadcast_buffers,
+        process_group=model.process_group,
+        bucket_cap_mb=None if model.bucket_bytes_cap_default else model.bucket_bytes_cap // 2**20,
+        find_unused_parameters=model.find_unused_parameters,
+        gradient_as_bucket_view=model.gradient_as_bucket_view,
+        static_graph=model.static_graph,
+        mixed_precision=model.mixed_precision,
+    )
+    for hook, state in model._comm_hooks:
+        wrapped.register_comm_hook(state, hook)
+    _retire(model)
+    return wrapped.train(model.training)
+
+
+def has_gradient_buckets(model: nn.Module) -> bool:
+    """Whether DDP holds a second copy of the gradients in its buckets."""
+    if isinstance(model, OptimizedModule):
+        return has_gradient_buckets(model._orig_mod)
+    return isinstance(model, DistributedDataParallel) and not model.gradient_as_bucket_view
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+
+
+def _retire(model: DistributedDataParallel) -> None:
+    """Free the reducer's buckets and hooks, and make a stale reference fail loudly instead of diverging."""
+
+    def refuse(*_: object, **__: object) -> NoReturn:
+        raise RuntimeError("this DistributedDataParallel was replaced at the switch: use pre.model from now on")
+
+    model.forward = refuse  # type: ignore[method-assign]
+    model.reducer = None  # type: ignore[assignment]
+    model.logger = None
+
+
+def collective_device() -> torch.device:
+    """Where the default process group's backend wants its tensors."""
+    backend = dist.get_backend() if dist.is_initialized() else "gloo"
+    return torch.device("cuda", torch.cuda.current_device()) if "nccl" in backend else torch.device("cpu")
+
+
+def mean_over_ranks(value: float) -> float:
+    """The mean of ``value`` over ranks, in fp64, the same bits on each."""
+    if world_size() == 1:
+        return float(value)
+    total = torch.tensor(value, dtype=torch.float64, device=collective_device())
+    dist.all_reduce(total)
+    # Rank 0's bits: a reduction need not round alike on every rank.
+    dist.broadcast(total, src=0)
+    return total.item() / world_size()
+
+
+def broadcast_json(value: Any) -> Any:
+    """Rank 0's ``value`` on every rank, through JSON."""
+    if world_size() == 1:
+        return json.loads(json.dumps(value))
+    device = collective_device()
+    data = _encode(value, device) if rank() == 0 else torch.empty(0, dtype=torch.uint8, device=device)
+    size = torch.tensor(data.numel(), device=device)
+    dist.broadcast(size, src=0)
+    if rank() != 0:
+        data = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
+    dist.broadcast(data, src=0)
+    return _decode(data)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """Every rank's ``value`` on every rank, through JSON."""
+    if world_size() == 1:
+        return [json.loads(json.dumps(value))]
+    device = collective_device()
+    data = _encode(value, device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([data.numel()], device=device))
+    longest = max(int(size.item()) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: data.numel()] = data
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    return [_decode(part[: int(size.item())]) for part, size in zip(parts, sizes, strict=True)]
+
+
+def _encode(value: Any, device: torch.device) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+
+
+def _decode(data: Tensor) -> Any:
+    return json.loads(bytes(data.tolist()))
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> dict[str, int]:
+    """A checksum of every parameter's and buffer's bits, by name; one device-to-host copy a device."""
+    state = model.state_dict()
+    sums = [_bit_sum(tensor) for tensor in state.values()]
+    return dict(zip(state, torch.stack(sums).tolist(), strict=True)) if sums else {}
+
+
+def _bit_sum(tensor: Tensor) -> Tensor:
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    data = tensor.detach().contiguous().flatten().view(bits).to(torch.int64)
+    # Weighted by position, modulo 2^64 by wrap-around: a permutation changes the sum as well.
+    return (data * (torch.arange(data.numel(), device=data.device) * 2 + 1)).sum()
+
+
+def check_same_on_all_ranks(model: nn.Module) -> None:
+    """Hold that every rank has bit-identical parameters and buffers.
+
+    Raises:
+        RuntimeError: naming the first that differs and the ranks.
+    """
+    if world_size() == 1:
+        return
+    prints = gather_json(fingerprint(model))
+    for other, found in enumerate(prints):
+        different = [name for name in prints[0] if found.get(name) != prints[0][name]]
+        if different or len(found) != len(prints[0]):
+            raise RuntimeError(f"rank {other} and rank 0 differ in {len(different)} parameters, as {different[:2]}")

@@ -1,0 +1,132 @@
+"""One epoch's norms and loss → the history that Algorithms 1 and 2 read.
+
+``measure`` turns a live model into numbers with a single device-to-host copy; ``Monitor`` keeps the windows, and
+its state is a plain dict.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prelora.config import PreLoRAConfig
+from prelora.convergence import Verdict, layer_changes, partial_convergence_test
+from prelora.nn import LoRALinear
+from prelora.targets import Target, by_group, by_module, target_linear
+
+
+@dataclass(frozen=True)
+class Norms:
+    """Frobenius norms by target name, accumulated in at least fp32, biases excluded."""
+
+    effective: dict[str, float]
+    """‖W + s·B·A‖, the norm that Algorithm 1 watches; ‖W‖ before the switch."""
+    base: dict[str, float]
+    """‖W‖."""
+    lora: dict[str, float]
+    """‖s·B·A‖; empty before the switch."""
+    update: dict[str, float]
+    """‖W_t − W_{t−1}‖ / ‖W_t‖ of the effective weight since the snapshot; empty without one."""
+
+
+@torch.no_grad()
+def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, Tensor] | None = None) -> Norms:
+    """Norms of every target.
+
+    Args:
+        model: the plain model.
+        snapshot: what ``take_snapshot`` gave earlier; None: no update norms.
+    """
+    names: list[tuple[str, str]] = []
+    parts: list[Tensor] = []
+    for path, slices in by_module(targets).items():
+        layer = target_linear(model, slices[0])
+        kinds = {"base": layer.weight}
+        if isinstance(layer, LoRALinear):
+            kinds |= {"lora": layer.delta_weight(), "effective": layer.merged_weight()}
+        if snapshot is not None:
+            kinds["update"] = kinds.get("effective", layer.weight) - snapshot[path]
+        for kind, tensor in kinds.items():
+            names += [(kind, target.name) for target in slices]
+            # Reduced here and now: the temporaries of one module at a time, not of the whole model.
+            parts += _norms([tensor if target.rows is None else tensor[slice(*target.rows)] for target in slices])
+    values: dict[str, dict[str, float]] = {"base": {}, "lora": {}, "effective": {}, "update": {}}
+    for (kind, name), value in zip(names, torch.stack(parts).tolist(), strict=True):
+        values[kind][name] = value
+    effective = values["base"] | values["effective"]
+    update = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
+    order = [target.name for target in targets]
+    kinds_kept = (effective, values["base"], values["lora"], update)
+    return Norms(*({name: norms[name] for name in order if name in norms} for norms in kinds_kept))
+
+
+@torch.no_grad()
+def take_snapshot(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
+    """A copy of the effective weight of every target module, by path, on the model's device."""
+    layers = {path: target_linear(model, slices[0]) for path, slices in by_module(targets).items()}
+    return {
+        path: layer.merged_weight() if isinstance(layer, LoRALinear) else layer.weight.detach().clone()
+        for path, layer in layers.items()
+    }
+
+
+def _norms(tensors: list[Tensor]) -> list[Tensor]:
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return list(torch._foreach_norm(tensors, 2, dtype=dtype))
+
+
+class Monitor:
+    """The monitored epochs' norms and losses, as many as the test's windows need."""
+
+    def __init__(self, targets: Sequence[Target], config: PreLoRAConfig) -> None:
+        """Args: targets: whose norms are recorded; config: k, m and the thresholds."""
+        self.config = config
+        self.groups = {group: [t.name for t in members] for group, members in by_group(targets).items()}
+        self.epochs = 0
+        """Epochs recorded so far."""
+        self.losses: list[float] = []
+        self.norms: list[dict[str, float]] = []
+
+    def record(self, loss: float, norms: Mapping[str, float]) -> None:
+        """Add one epoch: its mean training loss and every target's norm (a value may be NaN or infinite)."""
+        self.epochs += 1
+        self.losses.append(float(loss))
+        self.norms.append(dict(norms))
+        # Windows are counted from the first monitored epoch: whole ones leave, so that they stay aligned.
+        while len(self.losses) >= (self.config.k + 1) * self.config.m:
+            del self.losses[: self.config.m], self.norms[: self.config.m]
+
+    @property
+    def window_complete(self) -> bool:
+        """Whether the last recorded epoch completed a window."""
+        return self.epochs > 0 and self.epochs % self.config.m == 0
+
+    def test(self) -> Verdict:
+        """Algorithm 1 on the windows recorded."""
+        history = {group: self._epochs(names) for group, names in self.groups.items()}
+        return partial_convergence_test(history, self.losses, self.config)
+
+    def changes(self) -> dict[str, dict[str, float]]:
+        """Algorithm 2's input: each target's norm change between the last two windows, in percent, by group."""
+        return {
+            group: dict(zip(names, layer_changes(self._epochs(names), self.config), strict=True))
+            for group, names in self.groups.items()
+        }
+
+    def _epochs(self, names: Sequence[str]) -> list[list[float]]:
+        return [[epoch.get(name, math.nan) for name in names] for epoch in self.norms]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers; a NaN is a float NaN."""
+        return {"epochs": self.epochs, "losses": list(self.losses), "norms": [dict(epoch) for epoch in self.norms]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what ``state_dict`` gave."""
+        self.epochs = state["epochs"]
+        self.losses = list(state["losses"])
+        self.norms = [dict(epoch) for epoch in state["norms"]]

@@ -1,0 +1,270 @@
+"""One optimizer through all phases: named groups, moments carried by name, schedulers carried along.
+
+The library names an optimizer's parameters by the model's qualified names, because indices change at the switch.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Collection, Mapping
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from prelora.errors import CheckpointError, OptimizerError
+
+LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
+PER_GROUP_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "_max_lrs", "base_values")
+LORA_SUFFIX = "/lora"
+
+
+def parameter_names(optimizer: Optimizer, model: nn.Module) -> dict[Tensor, str]:
+    """The qualified name of every parameter in the optimizer; ``extra.<group>.<index>`` for one outside the model."""
+    known = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        parameter: known.get(parameter, f"extra.{g}.{i}")
+        for g, group in enumerate(optimizer.param_groups)
+        for i, parameter in enumerate(group["params"])
+    }
+
+
+def check_rebuildable(optimizer: Optimizer) -> None:
+    """Refuse an optimizer that cannot be rebuilt around a changed set of parameters.
+
+    Raises:
+        OptimizerError: with the reason and what is accepted.
+    """
+    name = type(optimizer).__name__
+    accepted = "accepted is any torch.optim.Optimizer whose state is kept per parameter, such as AdamW or SGD"
+    if not isinstance(optimizer, Optimizer):
+        raise OptimizerError(f"{name} is not a torch.optim.Optimizer; {accepted}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise OptimizerError(f"LBFGS keeps one flat history over all parameters; {accepted}")
+    parameters = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for key, state in optimizer.state.items():
+        if key not in parameters or not isinstance(state, dict):
+            raise OptimizerError(f"{name} keeps state under {key!r:.60}, not one of its parameters; {accepted}")
+        bad = next((k for k, v in state.items() if not isinstance(v, (Tensor, int, float, type(None)))), None)
+        if bad is not None:
+            raise OptimizerError(f"{name} keeps {type(state[bad]).__name__} {bad!r} per parameter; {accepted}")
+    _construct(optimizer, [{**group, "params": list(group["params"])} for group in optimizer.param_groups])
+
+
+def rebuild_optimizer(
+    optimizer: Optimizer,
+    model: nn.Module,
+    *,
+    added: Mapping[str, str] | None = None,
+    dropped: Collection[str] = (),
+    lr_mult: float = 1.0,
+) -> tuple[Optimizer, list[int]]:
+    """A new optimizer of the same class without ``dropped`` and with ``added``; surviving state is carried as it is.
+
+    Added parameters enter a group ``<name>/lora`` beside the group of the weight they adapt: same options, weight
+    decay 0, learning rates times ``lr_mult``, fresh state. The given optimizer is retired: using it raises.
+
+    Args:
+        added: name of each new parameter → name of the weight that it adapts.
+        dropped: names of the parameters that leave.
+
+    Returns:
+        The optimizer, and for each of its groups the index of the old group that it stems from.
+    """
+    names = parameter_names(optimizer, model)
+    by_name = dict(model.named_parameters())
+    groups: list[dict[str, Any]] = []
+    parents: list[int] = []
+    for index, old in enumerate(optimizer.param_groups):
+        label = old.get("name", f"group{index}")
+        options = {key: value for key, value in old.items() if key not in ("params", "param_names", "name")}
+        kept = [parameter for parameter in old["params"] if names[parameter] not in dropped]
+        adapted = {names[parameter] for parameter in old["params"]}
+        new = [by_name[name] for name, weight in (added or {}).items() if weight in adapted]
+        if kept:
+            groups.append({**options, "params": kept, "name": label})
+            parents.append(index)
+        if new:
+            scaled = {key: options[key] * lr_mult for key in LR_KEYS if isinstance(options.get(key), (int, float))}
+            decay = {"weight_decay": 0.0} if "weight_decay" in options else {}
+            groups.append({**options, **scaled, **decay, "params": new, "name": label + LORA_SUFFIX})
+            parents.append(index)
+    rebuilt = _construct(optimizer, groups)
+    kept_parameters = {parameter for group in groups for parameter in group["params"]}
+    for parameter, state in optimizer.state.items():
+        if parameter in kept_parameters:
+            rebuilt.state[parameter] = state
+    for table in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+        getattr(rebuilt, table).update(getattr(optimizer, table))
+    _retire(optimizer)
+    return rebuilt, parents
+
+
+def _construct(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
+    """A fresh optimizer of the same class; the groups carry every option, defaults only satisfy the signature."""
+    cls = type(optimizer)
+    signature = inspect.signature(cls.__init__).parameters
+    arguments = {key: value for key, value in optimizer.defaults.items() if key in signature}
+    try:
+        rebuilt = cls(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise OptimizerError(f"{cls.__name__} cannot be rebuilt from its defaults: {error}") from error
+    rebuilt.defaults = dict(optimizer.defaults)
+    return rebuilt
+
+
+class _RetiredGroups(list):
+    """Groups of a replaced optimizer: a stale loop or scheduler must fail loudly, not train or schedule nothing."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise RuntimeError(
+            "this optimizer was replaced at the switch: use pre.optimizer (and pre.scheduler: "
+            "pass scheduler= to PreLoRA) from now on"
+        )
+
+    __iter__ = __getitem__ = __len__ = _refuse
+
+
+def _retire(optimizer: Optimizer) -> None:
+    optimizer.state.clear()
+    optimizer.param_groups = _RetiredGroups()
+
+
+def rebuild_scheduler(scheduler: Any, optimizer: Optimizer, parents: list[int]) -> Any:
+    """The same schedule for the rebuilt optimizer: every group follows the group that it stems from.
+
+    Args:
+        scheduler: a torch ``LRScheduler``, ``ReduceLROnPlateau`` or timm scheduler (any that keeps one value a group
+            in the lists that they keep).
+        parents: as ``rebuild_optimizer`` returns it.
+
+    Raises:
+        OptimizerError: a scheduler of another kind.
+    """
+    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) and not hasattr(scheduler, "base_values"):
+        raise OptimizerError(
+            f"{type(scheduler).__name__} cannot be carried over; accepted are torch's LR schedulers and timm's"
+        )
+    rebuilt = copy.copy(scheduler)
+    rebuilt.optimizer = optimizer
+    ratios = [
+        _ratio(group, group.get("initial_lr"), scheduler, parent)
+        for group, parent in zip(optimizer.param_groups, parents, strict=True)
+    ]
+    for attribute in PER_GROUP_LISTS:
+        old = getattr(scheduler, attribute, None)
+        if isinstance(old, list):
+            values = [old[parent] for parent in parents]
+            if attribute != "lr_lambdas":
+                values = [value * ratio for value, ratio in zip(values, ratios, strict=True)]
+            setattr(rebuilt, attribute, values)
+    if hasattr(scheduler, "_schedulers"):  # SequentialLR, ChainedScheduler
+        rebuilt._schedulers = [rebuild_scheduler(inner, optimizer, parents) for inner in scheduler._schedulers]
+    return rebuilt
+
+
+def _ratio(group: Mapping[str, Any], initial_lr: Any, scheduler: Any, parent: int) -> float:
+    """A group's learning rate over its parent's."""
+    bases = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "base_values", None)
+    if not str(group.get("name", "")).endswith(LORA_SUFFIX) or bases is None or not bases[parent] or initial_lr is None:
+        return 1.0
+    return float(initial_lr / bases[parent])
+
+
+def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The optimizer's groups and state by parameter name: nested dicts of tensors and plain values."""
+    names = parameter_names(optimizer, model)
+    groups = [
+        {key: [names[p] for p in value] if key == "params" else value for key, value in group.items()}
+        for group in optimizer.param_groups
+    ]
+    return {
+        "class": type(optimizer).__name__,
+        "groups": groups,
+        "state": {names[parameter]: dict(state) for parameter, state in optimizer.state.items()},
+    }
+
+
+def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """Load what ``named_state`` gave into an optimizer over the same names; order of groups and names may differ.
+
+    Raises:
+        CheckpointError: another optimizer class, or other parameters; nothing is changed then.
+    """
+    if saved["class"] != type(optimizer).__name__:
+        raise CheckpointError(
+            f"the checkpoint's optimizer is {saved['class']}, the one given is {type(optimizer).__name__}"
+        )
+    names = parameter_names(optimizer, model)
+    options = {name: group for group in saved["groups"] for name in group["params"]}
+    if set(options) != set(names.values()):
+        different = sorted(set(options) ^ set(names.values()))
+        raise CheckpointError(
+            f"the checkpoint's optimizer holds {len(options)} parameters, the one given {len(names)}; "
+            f"they differ in {', '.join(different[:4])}"
+        )
+    for group in optimizer.param_groups:
+        source = options[names[group["params"][0]]]
+        for key, value in source.items():
+            if key not in ("params", "param_names"):
+                group[key] = _like(group.get(key), value)
+        on_device = bool(group.get("capturable") or group.get("fused"))
+        for parameter in group["params"]:
+            if names[parameter] in saved["state"]:
+                optimizer.state[parameter] = {
+                    key: _placed(key, value, parameter, on_device)
+                    for key, value in saved["state"][names[parameter]].items()
+                }
+
+
+def _placed(key: str, value: Any, parameter: Tensor, on_device: bool) -> Any:
+    """A copy of a state value where the optimizer expects it: torch keeps ``step`` on the CPU unless capturable."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.to("cpu" if key == "step" and not on_device else parameter.device, copy=True)
+
+
+def _like(current: Any, value: Any) -> Any:
+    """JSON knows no tuples: give ``value`` the type of what stands there."""
+    return tuple(value) if isinstance(current, tuple) else value
+
+
+def state_bytes(optimizer: Optimizer) -> dict[Tensor, int]:
+    """Bytes of state tensors per parameter."""
+    return {
+        parameter: sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+        for parameter, state in optimizer.state.items()
+    }
+
+
+class LoRARamp:
+    """Linear ramp on the ``/lora`` groups' learning rate, a pure function of the step, on top of any scheduler.
+
+    The factor is applied while ``optimizer.step`` runs and taken back after it, so that no scheduler sees it.
+    """
+
+    def __init__(self, start: int, length: int) -> None:
+        """Args: start: steps taken at injection; length: steps of the ramp (0: none)."""
+        self.start = start
+        self.length = length
+        self._saved: list[Any] = []
+
+    def factor(self, step: int) -> float:
+        """The factor for the optimizer step after ``step`` finished ones."""
+        return 1.0 if self.length <= 0 else min(1.0, (step - self.start + 1) / self.length)
+
+    def before(self, optimizer: Optimizer, step: int) -> None:
+        """Scale the ``/lora`` groups for the coming step."""
+        factor = self.factor(step)
+        self._saved = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            if factor < 1 and group["name"].endswith(LORA_SUFFIX):
+                group["lr"] = group["lr"] * factor
+
+    def after(self, optimizer: Optimizer) -> None:
+        """Give the groups their own learning rate back."""
+        for group, lr in zip(optimizer.param_groups, self._saved, strict=True):
+            group["lr"] = lr

@@ -1,0 +1,136 @@
+"""Inject, freeze and merge LoRA; each verifies what it did and returns what it changed.
+
+All functions take the plain model (``prelora.distributed.unwrap``) and change it in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prelora.config import Freeze
+from prelora.nn import LoRALinear
+from prelora.targets import Target, by_module, target_linear
+
+
+def inject(
+    model: nn.Module,
+    targets: Sequence[Target],
+    ranks: Mapping[str, int],
+    *,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+) -> dict[str, str]:
+    """Turn every target's Linear into a ``LoRALinear`` of its planned rank; the model's function is unchanged.
+
+    A is drawn from ``seed`` and the module's path alone: the same on every rank and device, and no global random
+    state moves.
+
+    Returns:
+        The new parameters' names, each with the name of the weight that it adapts.
+
+    Raises:
+        ValueError: the plan and the targets name different layers.
+        RuntimeError: LoRA is there already, or the model does not hold what was planned.
+    """
+    names = {target.name for target in targets}
+    if names != set(ranks):
+        raise ValueError(f"plan and targets differ in {', '.join(sorted(names ^ set(ranks))[:4])}")
+    added: dict[str, str] = {}
+    for path, slices in by_module(targets).items():
+        linear = target_linear(model, slices[0])
+        if isinstance(linear, LoRALinear):
+            raise RuntimeError(f"{path} carries LoRA already: inject() once")
+        layer = LoRALinear.from_linear(
+            linear,
+            [ranks[target.name] for target in slices],
+            alpha=alpha,
+            rows=[stop - start for start, stop in (target.rows or (0, linear.out_features) for target in slices)],
+            dropout=dropout,
+        )
+        layer.reset_lora_parameters(torch.Generator().manual_seed(_stream(seed, path)))
+        _replace(model, path, layer)
+        added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
+        if layer.weight is not linear.weight or bool(layer.lora_B.any()):
+            raise RuntimeError(f"{path}: injection changed the function")
+    realised = realised_ranks(model, targets)
+    if realised != dict(ranks):
+        wrong = next(name for name in ranks if realised.get(name) != ranks[name])
+        raise RuntimeError(f"{wrong}: realised rank {realised.get(wrong)}, planned {ranks[wrong]}")
+    return added
+
+
+def realised_ranks(model: nn.Module, targets: Sequence[Target]) -> dict[str, int]:
+    """Rank of every target as the model's parameters have it, by target name; empty without LoRA."""
+    ranks: dict[str, int] = {}
+    for path, slices in by_module(targets).items():
+        layer = target_linear(model, slices[0])
+        if isinstance(layer, LoRALinear):
+            elements = sum(n * r for n, r in zip(layer.rows, layer.rank, strict=True))
+            if layer.lora_A.shape[0] != sum(layer.rank) or layer.lora_B.numel() != elements:
+                raise RuntimeError(f"{path}: A {tuple(layer.lora_A.shape)} is not of ranks {layer.rank}")
+            ranks |= {target.name: rank for target, rank in zip(slices, layer.rank, strict=True)}
+    return {target.name: ranks[target.name] for target in targets if target.name in ranks}
+
+
+def freeze(model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets") -> list[str]:
+    """Freeze the targets' weights and biases, or (``scope="all"``) everything but LoRA.
+
+    Returns:
+        Names of the parameters that trained until now and do not any more.
+
+    Raises:
+        RuntimeError: a target carries no LoRA, so nothing of it would train.
+    """
+    base: set[str] = set()
+    for path, slices in by_module(targets).items():
+        if not isinstance(target_linear(model, slices[0]), LoRALinear):
+            raise RuntimeError(f"{path} carries no LoRA: inject() before freeze()")
+        base |= {f"{path}.weight", f"{path}.bias"}
+    frozen = []
+    for name, parameter in model.named_parameters():
+        chosen = name in base if scope == "targets" else not is_lora(name)
+        if chosen and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            frozen.append(name)
+    return frozen
+
+
+def is_lora(name: str) -> bool:
+    """Whether a qualified parameter name is that of an A or B."""
+    return name.rpartition(".")[2] in ("lora_A", "lora_B")
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model: W + s·B·A under the weight's name, no A, no B; tensors are detached."""
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if not is_lora(name)}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            state[f"{path}.weight"] = module.merged_weight()
+    return state
+
+
+def strip(model: nn.Module) -> list[str]:
+    """Turn every ``LoRALinear`` back into a plain ``nn.Linear`` with the merged weight; returns their paths."""
+    paths = [path for path, module in model.named_modules() if isinstance(module, LoRALinear)]
+    for path in paths:
+        layer = model.get_submodule(path)
+        assert isinstance(layer, LoRALinear)
+        _replace(model, path, layer.to_linear())
+    return paths
+
+
+def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)
+
+
+def _stream(seed: int, path: str) -> int:
+    """A 63-bit seed of its own for every (seed, path); Python's ``hash`` differs between processes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

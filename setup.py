@@ -1,0 +1,5 @@
+"""Metadata stands in pyproject.toml."""
+
+from setuptools import setup
+
+setup()
