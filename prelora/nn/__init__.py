@@ -1,0 +1,5 @@
+"""Modules, each thin over one operator."""
+
+from prelora.nn.linear import LoRALinear
+
+__all__ = ["LoRALinear"]

@@ -1,0 +1,214 @@
+"""``LoRALinear``: ``nn.Linear`` with LoRA whose rank may differ between slices of its rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from prelora.ops.lora_linear import lora_delta, lora_linear
+
+HOOK_TABLES = tuple(name for name, value in vars(nn.Identity()).items() if "hooks" in name and isinstance(value, dict))
+
+
+class LoRALinear(nn.Linear):
+    """Drop-in for ``nn.Linear`` that computes x·Wᵀ + b + s·(x·Aᵀ)·Bᵀ.
+
+    Parameters: ``weight`` [out, in], ``bias`` [out], ``lora_A`` [sum of ranks, in] and ``lora_B``, which is
+    [out, rank] for one slice and every slice's B in row-major order, flat, for more. A starts Kaiming-uniform and
+    B zero, so a new layer computes what its Linear does. The state dict of an ``nn.Linear`` loads unchanged.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        rank: rank of every slice, or one for each.
+        alpha: the scaling s is alpha / rank; None: alpha = rank, so s = 1.
+        rows: rows of each slice, summing to ``out_features``; None: one slice.
+        dropout: probability of dropping an element of the low-rank path's input while training.
+
+    Raises:
+        ValueError: ranks, rows, alpha or dropout out of range.
+    """
+
+    base_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        rank: int | Sequence[int],
+        alpha: float | None = None,
+        rows: Sequence[int] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.rows = (out_features,) if rows is None else tuple(rows)
+        self.rank = (rank,) * len(self.rows) if isinstance(rank, int) else tuple(rank)
+        _check_slices(self.rows, self.rank, out_features, alpha, dropout)
+        self.alpha = alpha
+        self.dropout = dropout
+        self.scaling = tuple(1.0 if alpha is None else alpha / r for r in self.rank)
+        self._allocate_lora(self.weight)
+        # The weight before ``merge``; a buffer, so that it follows the module between devices.
+        self.register_buffer("base_weight", None, persistent=False)
+
+    def _allocate_lora(self, like: Tensor) -> None:
+        packed = [sum(n * r for n, r in zip(self.rows, self.rank, strict=True))]
+        b_shape = [self.out_features, self.rank[0]] if len(self.rows) == 1 else packed
+        self.lora_A = nn.Parameter(like.new_empty([sum(self.rank), self.in_features]))
+        self.lora_B = nn.Parameter(like.new_empty(b_shape))
+        self.reset_lora_parameters()
+
+    def reset_lora_parameters(self, generator: torch.Generator | None = None) -> None:
+        """A Kaiming-uniform (a = √5), B zero: the update s·B·A is zero."""
+        if generator is None:
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        else:
+            # Drawn on the CPU in fp32, so that every device and dtype starts from the same numbers.
+            drawn = torch.empty(self.lora_A.shape)
+            nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+            with torch.no_grad():
+                self.lora_A.copy_(drawn)
+        nn.init.zeros_(self.lora_B)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        rank: int | Sequence[int],
+        *,
+        alpha: float | None = None,
+        rows: Sequence[int] | None = None,
+        dropout: float = 0.0,
+    ) -> LoRALinear:
+        """A ``LoRALinear`` that takes over ``linear``'s own parameters (the same objects), hooks and mode."""
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            bias=False,
+            device="meta",
+            dtype=linear.weight.dtype,
+            rank=rank,
+            alpha=alpha,
+            rows=rows,
+            dropout=dropout,
+        )
+        layer.weight = linear.weight
+        layer.bias = linear.bias
+        layer._allocate_lora(linear.weight)
+        for table in HOOK_TABLES:
+            getattr(layer, table).update(getattr(linear, table))
+        return layer.train(linear.training)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain ``nn.Linear`` with W + s·B·A as its weight, sharing the bias."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self.weight.dtype)
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=self.weight.requires_grad)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    @property
+    def merged(self) -> bool:
+        """Whether ``weight`` now holds W + s·B·A."""
+        return self.base_weight is not None
+
+    @torch.no_grad()
+    def delta_weight(self) -> Tensor:
+        """The update s·B·A, [out, in], in at least fp32."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        return lora_delta(self.lora_A.to(dtype), self.lora_B.to(dtype), self.rows, self.rank, self.scaling)
+
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s·B·A, [out, in], summed in at least fp32 and then cast to the weight's dtype."""
+        if self.merged:
+            return self.weight.detach().clone()
+        delta = self.delta_weight()
+        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Fold s·B·A into ``weight`` for inference; the base weight is kept, for ``unmerge`` to give back bit for bit.
+
+        Raises:
+            RuntimeError: already merged.
+        """
+        if self.merged:
+            raise RuntimeError("merge() of a LoRALinear that is merged already")
+        base = self.weight.detach().clone()
+        self.weight.copy_(self.merged_weight())
+        self.base_weight = base
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Give ``weight`` its base value back, bit for bit.
+
+        Raises:
+            RuntimeError: not merged.
+        """
+        if self.base_weight is None:
+            raise RuntimeError("unmerge() of a LoRALinear that is not merged")
+        self.weight.copy_(self.base_weight)
+        self.base_weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[*, in] → [*, out]."""
+        if self.merged:
+            if self.training and torch.is_grad_enabled():
+                raise RuntimeError("a merged LoRALinear cannot train (A and B get no gradient): call unmerge() first")
+            return F.linear(x, self.weight, self.bias)
+        x_lora = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
+        return lora_linear(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.rows, self.rank, self.scaling, x_lora
+        )
+
+    def extra_repr(self) -> str:
+        rank = self.rank[0] if len(self.rank) == 1 else self.rank
+        parts = [super().extra_repr(), f"rank={rank}"]
+        if len(self.rows) > 1:
+            parts.append(f"rows={self.rows}")
+        if self.alpha is not None:
+            parts.append(f"alpha={self.alpha}")
+        if self.dropout:
+            parts.append(f"dropout={self.dropout}")
+        return ", ".join([*parts, *(["merged"] if self.merged else [])])
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        # A state dict always holds W, A and B: merged or not, it loads to the same function.
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base_weight is not None:
+            destination[prefix + "weight"] = self.base_weight
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        if self.merged:
+            self.unmerge()
+        ours = {prefix + "lora_A", prefix + "lora_B"}
+        known: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, known, *rest)
+        # A plain Linear's state dict leaves an untrained adapter as it is; a trained one would change the function.
+        plain = ours <= set(known) and not self.lora_B.is_meta and not self.lora_B.any()
+        missing.extend(key for key in known if not (plain and key in ours))
+
+
+def _check_slices(
+    rows: tuple[int, ...], rank: tuple[int, ...], out_features: int, alpha: float | None, dropout: float
+) -> None:
+    if len(rank) != len(rows):
+        raise ValueError(f"rank = {rank}: {len(rank)} ranks for {len(rows)} row slices {rows}; give one for each")
+    if min(rank) < 1:
+        raise ValueError(f"rank = {rank}: every rank must be at least 1")
+    if min(rows) < 1 or sum(rows) != out_features:
+        raise ValueError(f"rows = {rows}: must be positive and sum to out_features = {out_features}")
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise ValueError(f"alpha = {alpha}: must be finite and above 0")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout}: accepted in [0, 1)")
