@@ -108,7 +108,9 @@ class PreLoRA:
         self._ramp = optim.LoRARamp(0, 0)
         self._hooks: list[Any] = []
         self._watch_steps()
-        self._snapshot = monitor.take_snapshot(self.base_model, self.targets) if self.config.log_updates else None
+        self._snapshot: dict[str, Tensor] | None = None
+        self._snapshot_step = 0
+        self._take_snapshot()
 
     @property
     def base_model(self) -> nn.Module:
@@ -139,8 +141,7 @@ class PreLoRA:
         if action != "none":
             ranks = distributed.broadcast_json(self._plan() if action.startswith("switch") else self.ranks)
             released = self._change(action, ranks, probe)
-        if self._snapshot is not None:
-            self._snapshot = monitor.take_snapshot(self.base_model, self.targets)
+        self._take_snapshot()
         trainable, total = parameter_counts(self.base_model)
         return Event(
             epoch=self.epoch,
@@ -181,7 +182,8 @@ class PreLoRA:
             "ranks": dict(self.ranks),
             "ramp": {"start": self._ramp.start, "length": self._ramp.length},
             "monitor": self._monitor.state_dict(),
-            "snapshot": dict(self._snapshot) if self._snapshot is not None else None,
+            # At an epoch's end the weights are their own snapshot.
+            "snapshot": self._snapshot if self.step != self._snapshot_step else None,
             "model": dict(self.base_model.state_dict()),
             "optimizer": optim.named_state(self.optimizer, self.base_model),
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
@@ -211,11 +213,17 @@ class PreLoRA:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        if self._snapshot is not None:
-            self._snapshot = {
-                path: state["snapshot"][path].to(tensor, copy=True) for path, tensor in self._snapshot.items()
-            }
+        self._take_snapshot()
+        if self._snapshot is not None and state["snapshot"] is not None:
+            self._snapshot_step = -1
+            for path, tensor in self._snapshot.items():
+                tensor.copy_(state["snapshot"][path])
         distributed.check_same_on_all_ranks(self.base_model)
+
+    def _take_snapshot(self) -> None:
+        if self.config.log_updates:
+            self._snapshot = monitor.take_snapshot(self.base_model, self.targets)
+            self._snapshot_step = self.step
 
     def _decide(self) -> tuple[Verdict, Action]:
         config = self.config

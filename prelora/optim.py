@@ -18,7 +18,16 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from prelora.errors import CheckpointError, OptimizerError
 
 LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
-PER_GROUP_LISTS = ("base_lrs", "lr_lambdas", "_last_lr", "min_lrs", "max_lrs", "_max_lrs", "base_values")
+PER_GROUP_LISTS = (
+    "base_lrs",
+    "lr_lambdas",
+    "_last_lr",
+    "min_lrs",
+    "max_lrs",
+    "_max_lrs",
+    "base_values",
+    "warmup_steps",
+)
 LORA_SUFFIX = "/lora"
 
 

@@ -55,7 +55,7 @@ def inject(
         layer.reset_lora_parameters(torch.Generator().manual_seed(_stream(seed, path)))
         _replace(model, path, layer)
         added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
-        if layer.weight is not linear.weight or bool(layer.lora_B.any()):
+        if layer.weight is not linear.weight or not (layer.lora_B.is_meta or bool((layer.lora_B == 0).all())):
             raise RuntimeError(f"{path}: injection changed the function")
     realised = realised_ranks(model, targets)
     if realised != dict(ranks):

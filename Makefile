@@ -1,0 +1,31 @@
+# Two commands do all the set-up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/digits
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(BIN)/prelora train --recipe digits --output $(RUN) --resume auto
+	$(BIN)/prelora export $(RUN) --to merged
+	$(BIN)/prelora report $(RUN)
+	@echo "The report is at $(RUN)/report.html, the merged model at $(RUN)/export/merged.safetensors"
+
+test: $(VENV)/.installed lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# pip, and no build isolation: torch is some gigabytes, and once is enough.
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel torch torchvision
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,transformers,peft,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info

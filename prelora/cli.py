@@ -1,0 +1,72 @@
+"""The ``prelora`` command: train, export, report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from prelora.errors import CheckpointError
+
+EXIT_BAD_INPUT, EXIT_CHECKPOINT = 2, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["train"]:
+        from prelora.train.__main__ import main as train
+
+        return train(given[1:])
+    options = _parser().parse_args(given)
+    try:
+        return {"export": _export, "report": _report}[options.command](options)
+    except (ValueError, OSError) as error:
+        print(f"prelora: error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except CheckpointError as error:
+        print(f"prelora: error: {error}", file=sys.stderr)
+        return EXIT_CHECKPOINT
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="prelora", description="Train with PreLoRA, export and report what came out.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("train", help="train a recipe: prelora train --help", add_help=False)
+    export = commands.add_parser(
+        "export",
+        help="write a run's model for the stock library",
+        description="Merge LoRA into the weights and write the state dict of the stock timm or transformers model.",
+    )
+    export.add_argument("run", type=Path, help="the run's folder")
+    export.add_argument("--to", choices=["merged"], default="merged", help="merged: W + s·B·A, no adapters (default)")
+    export.add_argument("--out", type=Path, help="the file (default: RUN/export/merged.safetensors)")
+    export.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest intact one)")
+    export.add_argument("--best", action="store_true", help="the checkpoint with the best top-1")
+    export.add_argument("--ema", action="store_true", help="the weights' moving average")
+    report = commands.add_parser("report", help="write a run's report, one HTML page")
+    report.add_argument("run", type=Path, help="the run's folder")
+    report.add_argument("--out", type=Path, help="the file (default: RUN/report.html)")
+    return parser
+
+
+def _export(options: argparse.Namespace) -> int:
+    from prelora.train.export import export_merged
+
+    path, difference = export_merged(
+        options.run, options.out, checkpoint=options.checkpoint, use_best=options.best, ema=options.ema
+    )
+    print(f"{path}: loads strict=True into the stock model; its logits differ by {difference:.1e} of their scale")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from prelora.analysis.report import write_report
+
+    print(write_report(options.run, options.out))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The trainer: ``torchrun -m prelora.train --recipe NAME``."""

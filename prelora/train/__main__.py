@@ -1,0 +1,133 @@
+"""``python -m prelora.train`` or ``torchrun -m prelora.train``: train a recipe, with a few overrides."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from prelora import distributed
+from prelora.errors import CheckpointError, OptimizerError
+from prelora.train import run_dir
+from prelora.train.build import build_parts
+from prelora.train.config import TrainConfig, load_yaml
+from prelora.train.loop import NonFiniteLossError, Trainer
+from prelora.train.recipes import RECIPES
+from prelora.train.stop import Stopper, StopRequested
+
+EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_CHECKPOINT, EXIT_STOPPED = 2, 3, 4, 75
+EXIT_CODES = (
+    "Exit codes: 0 finished; 2 bad input; 3 the loss was not finite; 4 a checkpoint could not be written or read; "
+    "75 stopped by SIGTERM or SIGINT after writing a checkpoint (run again with --resume auto to go on)."
+)
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
+    """The config that the command line asks for, and whether it is only to be planned.
+
+    Raises:
+        ValueError, TypeError: an unknown recipe, or values out of range.
+        SystemExit: on help, or on arguments that do not parse.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    first.add_argument("--config", type=Path)
+    first.add_argument("--dry-run", action="store_true")
+    chosen, rest = first.parse_known_args(arguments)
+    if chosen.recipe and chosen.config:
+        raise ValueError("--recipe and --config: give one of them")
+    if chosen.config is not None:
+        default = load_yaml(chosen.config)
+    else:
+        name = chosen.recipe or "digits"
+        if name not in RECIPES:
+            raise ValueError(f"--recipe {name}: accepted are {', '.join(RECIPES)}")
+        default = RECIPES[name]()
+    listed = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
+    description = (
+        f"Train a model through FULL, WARMUP and LORA.\n\n--recipe NAME starts from one of\n{listed}\n"
+        f"--config FILE from a YAML file, as a run saves it; --dry-run prints the plan and trains nothing.\n"
+        f"Everything below overrides what that gives.\n\n{EXIT_CODES}"
+    )
+    config = tyro.cli(TrainConfig, default=default, args=rest, prog="prelora train", description=description)
+    return dataclasses.replace(config, recipe=default.recipe), chosen.dry_run
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
+        if dry_run:
+            from prelora.train.dry_run import describe
+
+            print(describe(config))
+            return 0
+    except (ValueError, TypeError, OSError) as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    return train(config)
+
+
+def train(config: TrainConfig) -> int:
+    """Train ``config`` in this process, which may be one of several started by torchrun; returns the exit code."""
+    stopper = Stopper()
+    try:
+        try:
+            trainer = _prepare(config, stopper)
+        except (ValueError, OptimizerError, OSError) as error:
+            return _fail(error, EXIT_BAD_INPUT)
+        trainer.run()
+    except StopRequested as stop:
+        if distributed.rank() == 0:
+            print(f"stopped by {stop}; go on with --resume auto", flush=True)
+        return EXIT_STOPPED
+    except CheckpointError as error:
+        return _fail(error, EXIT_CHECKPOINT)
+    except NonFiniteLossError as error:
+        return _fail(error, EXIT_NOT_FINITE)
+    finally:
+        stopper.restore()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    return 0
+
+
+def _prepare(config: TrainConfig, stopper: Stopper) -> Trainer:
+    device = _start(config)
+    if distributed.rank() == 0:
+        run_dir.claim(config)
+    if distributed.world_size() > 1:
+        dist.barrier()
+    return Trainer(config, *build_parts(config, device), stopper)
+
+
+def _start(config: TrainConfig) -> torch.device:
+    """Device, process group and global switches."""
+    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
+    if cuda and not torch.cuda.is_available():
+        raise ValueError("device = cuda: torch sees no CUDA device; accepted here is cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return device
+
+
+def _fail(error: Exception, code: int) -> int:
+    print(f"prelora: error: {error}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""Everything that a run is made of, built from its config."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import prelora
+from prelora import distributed
+from prelora.analysis.plan import ModelFlops, count_model
+from prelora.config import PreLoRAConfig
+from prelora.controller import PreLoRA, parameter_counts
+from prelora.data import Source, build_source
+from prelora.targets import find_targets, target_shape
+from prelora.train.config import TrainConfig
+from prelora.train.model import build_model
+from prelora.train.rng import seed_all
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The live objects of a run."""
+
+    pre: PreLoRA
+    source: Source
+    criterion: Callable[[Tensor, Tensor], Tensor]
+    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    device: torch.device
+    steps_per_epoch: int
+    global_batch: int
+
+
+def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, ModelFlops]:
+    """Data, model, optimizer, schedule, EMA and PreLoRA; the same initial weights on every rank.
+
+    Raises:
+        ValueError: the config's parts do not fit each other or the data.
+    """
+    from timm.optim import create_optimizer_v2
+    from timm.scheduler.cosine_lr import CosineLRScheduler
+    from timm.utils.model_ema import ModelEmaV3
+
+    source = build_config_source(config)
+    global_batch = config.data.batch_size * config.optim.accumulate * distributed.world_size()
+    steps = source.train_samples // global_batch
+    if steps == 0:
+        raise ValueError(f"the global batch of {global_batch} is larger than the {source.train_samples} images")
+    seed_all(config.seed)
+    model = build_model(config.model, classes=source.classes, channels=source.channels).to(device)
+    flops = config_flops(config, model, source.channels)
+    optimizer = create_optimizer_v2(
+        model, opt=config.optim.name, lr=config.optim.lr, weight_decay=config.optim.weight_decay
+    )
+    scheduler = CosineLRScheduler(
+        optimizer,
+        t_initial=config.epochs * steps,
+        lr_min=config.optim.min_lr,
+        warmup_t=config.optim.warmup_epochs * steps,
+        t_in_epochs=False,
+    )
+    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
+    pre = PreLoRA(
+        _wrap(model, config, device),
+        optimizer,
+        algorithm(config),
+        targets=None if config.targets == "family" else config.targets,
+        scheduler=scheduler,
+        ema=ema,
+        total_steps=config.epochs * steps,
+        seed=config.seed,
+    )
+    mixup, criterion = _mixup_and_criterion(config, source.classes)
+    return Parts(pre, source, criterion, mixup, device, steps, global_batch), flops
+
+
+def build_config_source(config: TrainConfig) -> Source:
+    """The configured images."""
+    return build_source(
+        config.data.name,
+        path=config.data.path,
+        image_size=config.model.image_size,
+        seed=config.seed,
+        workers=config.data.workers,
+        rand_augment=config.data.rand_augment,
+    )
+
+
+def algorithm(config: TrainConfig) -> PreLoRAConfig:
+    """PreLoRA's part of the config; the full-rank baseline is one that may only switch after its last epoch."""
+    if config.method == "prelora":
+        return config.prelora
+    return dataclasses.replace(config.prelora, min_epoch=config.epochs + 1, deadline=None)
+
+
+def config_flops(config: TrainConfig, model: nn.Module, channels: int) -> ModelFlops:
+    """FLOPs per image, counted on the meta device."""
+    targets = find_targets(model, None if config.targets == "family" else config.targets)
+    image = torch.empty(1, channels, config.model.image_size, config.model.image_size, device="meta")
+    return count_model(model, targets, image, freeze=config.prelora.freeze)
+
+
+def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops) -> dict[str, Any]:
+    """What ``run.json`` says of a run: nothing that changes while it goes on."""
+    model = parts.pre.base_model
+    targets = []
+    for target in parts.pre.targets:
+        shape = target_shape(model, target)
+        targets.append({"name": target.name, **dataclasses.asdict(target), **dataclasses.asdict(shape)})
+    gpu = torch.cuda.get_device_name() if parts.device.type == "cuda" else None
+    return {
+        "prelora": prelora.__version__,
+        "torch": str(torch.__version__),
+        "recipe": config.recipe,
+        "model": config.model.name if config.model.library == "timm" else "transformers ViT",
+        "device": str(parts.device),
+        "world_size": distributed.world_size(),
+        "parameters": parameter_counts(model)[1],
+        "targets": targets,
+        "epochs": config.epochs,
+        "global_batch": parts.global_batch,
+        "config": dataclasses.asdict(parts.pre.config),
+        "flops": {"full": flops.full},
+        "environment": {
+            "cpu": _cpu_name(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "gpu": gpu,
+            "precision": config.precision,
+        },
+    }
+
+
+def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    wrapped: Any = torch.compile(model) if config.compile else model
+    if distributed.world_size() == 1:
+        return wrapped
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+
+
+def _mixup_and_criterion(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:
+    from timm.data.mixup import Mixup
+    from timm.loss import SoftTargetCrossEntropy
+
+    data = config.data
+    if data.mixup > 0 or data.cutmix > 0:
+        mixup = Mixup(
+            mixup_alpha=data.mixup, cutmix_alpha=data.cutmix, label_smoothing=data.label_smoothing, num_classes=classes
+        )
+        return mixup, SoftTargetCrossEntropy()
+    return None, nn.CrossEntropyLoss(label_smoothing=data.label_smoothing)
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            names = [line.partition(":")[2].strip() for line in file if line.startswith("model name")]
+    except FileNotFoundError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()

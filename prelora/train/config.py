@@ -1,0 +1,201 @@
+"""The trainer's configuration: frozen dataclasses, read from and written to YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import dacite
+import yaml
+
+from prelora.config import PreLoRAConfig
+from prelora.data.source import SourceName
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is trained; a size that is None is the model's own."""
+
+    library: Literal["timm", "transformers"] = "timm"
+    """timm builds ``name``; transformers builds ViTForImageClassification from the sizes."""
+    name: str = "vit_tiny_patch16_224"
+    """timm's model name."""
+    image_size: int = 224
+    patch_size: int | None = None
+    embed_dim: int | None = None
+    depth: int | None = None
+    num_heads: int | None = None
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from and how they are changed."""
+
+    name: SourceName = "digits"
+    path: Path | None = None
+    """Of ``folder``: a directory with train/<class>/* and val/<class>/*."""
+    batch_size: int = 64
+    """Images per rank and micro-batch."""
+    workers: int = 0
+    rand_augment: tuple[int, int] | None = None
+    """Of ``folder``: operations and magnitude, on torchvision's scale."""
+    mixup: float = 0.0
+    """Beta distribution's parameter; 0: no mixup."""
+    cutmix: float = 0.0
+    """Beta distribution's parameter; 0: no cutmix."""
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer (by timm's name) and schedule: linear warm-up, then cosine, by step."""
+
+    name: str = "adamw"
+    lr: float = 1e-3
+    min_lr: float = 0.0
+    weight_decay: float = 0.05
+    """On matrices only; biases, norms and LoRA have none."""
+    warmup_epochs: int = 0
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None: not clipped."""
+    accumulate: int = 1
+    """Micro-batches per optimizer step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """How often checkpoints are written and which stay; the best by top-1 always does."""
+
+    every_steps: int | None = None
+    """Also within an epoch, every so many optimizer steps; None: at the end of an epoch only."""
+    every_epochs: int = 1
+    keep_last: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A complete run."""
+
+    recipe: str = "digits"
+    """The recipe that this started from."""
+    output: Path = Path("runs/digits")
+    """The run's folder."""
+    resume: Literal["never", "auto"] = "never"
+    """auto: go on from the newest valid checkpoint in ``output``, if there is one."""
+    method: Literal["prelora", "full"] = "prelora"
+    """full: the baseline, monitored alike but never switched."""
+    epochs: int = 30
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Precision = "fp32"
+    """fp32, or autocast to bf16 or (with loss scaling) fp16; the weights are fp32 always."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deterministic: bool = True
+    """Only deterministic algorithms; an operator without one is an error."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """On a loss that is not finite: stop the run, or skip that optimizer step on all ranks."""
+    ema_decay: float | None = None
+    """Decay of the weights' exponential moving average (timm's ModelEmaV3); None: no average."""
+    targets: Literal["family", "paper"] = "family"
+    """Six module groups, or the paper's five."""
+    prelora: PreLoRAConfig = field(default_factory=PreLoRAConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        positive = {
+            "epochs": self.epochs,
+            "data.batch_size": self.data.batch_size,
+            "optim.lr": self.optim.lr,
+            "optim.accumulate": self.optim.accumulate,
+            "checkpoint.every_epochs": self.checkpoint.every_epochs,
+            "checkpoint.keep_last": self.checkpoint.keep_last,
+            "checkpoint.every_steps": self.checkpoint.every_steps,
+            "optim.clip_grad": self.optim.clip_grad,
+            "model.image_size": self.model.image_size,
+        }
+        for name, value in positive.items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} = {value}: must be above 0")
+        if not 0 <= self.optim.warmup_epochs < self.epochs:
+            raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be from 0 to below {self.epochs}")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay = {self.ema_decay}: accepted in (0, 1)")
+        if not 0 <= self.data.label_smoothing < 1:
+            raise ValueError(f"data.label_smoothing = {self.data.label_smoothing}: accepted in [0, 1)")
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values only, as YAML and JSON take them."""
+    return _plain(dataclasses.asdict(config))
+
+
+def from_dict(values: dict[str, Any]) -> TrainConfig:
+    """The config with these values, defaults elsewhere.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is suggested), or a value out of range.
+        TypeError: a value of the wrong type.
+    """
+    _refuse_unknown(values, TrainConfig, "")
+    hooks: dict[type, Callable[[Any], Any]] = {Path: Path, float: _to_float}
+    try:
+        return dacite.from_dict(TrainConfig, values, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks))
+    except dacite.WrongTypeError as error:
+        raise TypeError(f"{error.field_path} = {error.value!r}: must be {error.field_type}") from None
+
+
+def load_yaml(path: Path) -> TrainConfig:
+    """A config file, as ``save_yaml`` or a user's hand wrote it.
+
+    Raises:
+        ValueError, TypeError: as ``from_dict``; also for a file that is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping")
+    return from_dict(values)
+
+
+def save_yaml(config: TrainConfig, path: Path) -> None:
+    """Write every value, in the order of the dataclasses."""
+    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _to_float(value: Any) -> float:
+    # YAML reads 1 as an integer and 1e-3 as a string.
+    return float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
+
+
+def _refuse_unknown(values: dict[str, Any], kind: type, prefix: str) -> None:
+    fields = {item.name: item for item in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known are {', '.join(fields)}"
+            raise ValueError(f"unknown key {prefix}{key}: {hint}")
+        factory = fields[key].default_factory
+        if isinstance(value, dict) and dataclasses.is_dataclass(factory):
+            _refuse_unknown(value, factory, f"{prefix}{key}.")

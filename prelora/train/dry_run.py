@@ -1,0 +1,79 @@
+"""``--dry-run``: what a config would do, computed on the meta device without data, weights or training."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from prelora import surgery
+from prelora.controller import parameter_counts
+from prelora.targets import by_group, find_targets
+from prelora.train.build import algorithm, build_config_source, config_flops
+from prelora.train.config import TrainConfig
+from prelora.train.model import build_model
+
+IMAGENET_1K = (1_281_167, 1000, 3)  # training images, classes, channels
+
+
+def describe(config: TrainConfig) -> str:
+    """The plan as text: model, targets, phases, steps, and per uniform rank what trains, weighs and costs.
+
+    Raises:
+        ValueError, TargetError: the config's parts do not fit each other.
+    """
+    samples, classes, channels, where = _data_facts(config)
+    with torch.device("meta"):
+        model = build_model(config.model, classes=classes, channels=channels)
+    targets = find_targets(model, None if config.targets == "family" else config.targets)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    batch = config.data.batch_size * config.optim.accumulate * world_size
+    pre = algorithm(config)
+    groups = ", ".join(f"{group} × {len(members)}" for group, members in by_group(targets).items())
+    lines = [
+        f"recipe        {config.recipe}",
+        f"model         {config.model.name}, {parameter_counts(model)[1] / 1e6:.2f} M parameters",
+        f"targets       {groups}",
+        f"data          {where}: {samples:,} training images, {classes} classes",
+        f"batch         {batch} = {config.data.batch_size} images × {config.optim.accumulate} accumulated "
+        f"× {world_size} rank(s)",
+        f"steps         {samples // batch:,} an epoch × {config.epochs} epochs, "
+        f"LR warm-up {config.optim.warmup_epochs} epochs, cosine to {config.optim.min_lr:g}",
+        f"precision     {config.precision}",
+        f"FULL          until every group's norm changes by ≤ {pre.tau} % and the loss by ≤ {pre.zeta} % over "
+        f"{pre.k} windows of {pre.m} epochs: epoch {pre.monitor_from + pre.k * pre.m} at the earliest",
+        f"WARMUP        {pre.warmup_epochs} epochs of base and LoRA together, ranks {pre.r_min} to {pre.r_max}",
+        f"LORA          the rest, frozen: {pre.freeze}",
+        "",
+        "uniform   trainable            fp32 weights + gradients + Adam moments    GFLOP an image, and the most",
+        "rank      M (of the base)      GiB in FULL → LORA                         that LORA can gain on FULL",
+    ]
+    flops = config_flops(config, model, channels)
+    total = parameter_counts(model)[1]
+    ranks = sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max})
+    for rank in ranks:
+        with torch.device("meta"):
+            adapted = build_model(config.model, classes=classes, channels=channels)
+        surgery.inject(adapted, targets, {target.name: rank for target in targets})
+        surgery.freeze(adapted, targets, pre.freeze)
+        trainable = parameter_counts(adapted)[0]
+        held = sum(parameter.numel() for parameter in adapted.parameters())
+        phases = flops.phases({target.name: rank for target in targets}, "two_path")
+        lines.append(
+            f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     "
+            f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable)):5.2f}"
+            f"{'':<27}{phases.full / 1e9:7.2f} → {phases.lora / 1e9:6.2f}   {phases.ceiling:.2f}×"
+        )
+    lines += ["", "FLOPs and memory are counted, not measured; activations are not in them (LoRA does not free them)."]
+    return "\n".join(lines)
+
+
+def _data_facts(config: TrainConfig) -> tuple[int, int, int, str]:
+    if config.data.name == "folder" and not (config.data.path and config.data.path.is_dir()):
+        return *IMAGENET_1K, f"{config.data.path} is not here, ImageNet-1k assumed"
+    source = build_config_source(config)
+    return source.train_samples, source.classes, source.channels, config.data.name
+
+
+def _gib(size: int) -> float:
+    return size / 2**30

@@ -1,0 +1,326 @@
+"""The training loop: epochs of steps around ``PreLoRA``, resumable after any step."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prelora import distributed
+from prelora.analysis.plan import ModelFlops
+from prelora.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, newest_valid, prune, save_checkpoint
+from prelora.controller import Event
+from prelora.data.sampler import train_batches
+from prelora.train import memory, run_dir
+from prelora.train.build import Parts, run_facts
+from prelora.train.config import TrainConfig, to_dict
+from prelora.train.display import Display
+from prelora.train.evaluate import evaluate
+from prelora.train.model import logits
+from prelora.train.rng import rng_state, seed_all, set_rng_state
+from prelora.train.stop import Stopper, StopRequested
+
+PROBE_IMAGES = 16
+# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+RESUMABLE = ("output", "resume", "checkpoint", "recipe")
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss is NaN or infinite, and the run was told to stop then."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; plain values, saved with every checkpoint."""
+
+    epoch: int = 0
+    """Epochs trained."""
+    step: int = 0
+    """Steps done of the epoch under way."""
+    loss_sum: float = 0.0
+    skipped: int = 0
+    """Steps of the epoch under way left out for a loss that was not finite."""
+    seconds: float = 0.0
+    """Time spent in steps of the epoch under way."""
+    gradient_bytes: int = 0
+    pending: dict[str, Any] | None = None
+    """Record of an epoch that is trained but not evaluated yet."""
+
+
+class Trainer:
+    """Runs a config from wherever its checkpoints stand to its last epoch."""
+
+    def __init__(self, config: TrainConfig, parts: Parts, flops: ModelFlops, stopper: Stopper) -> None:
+        self.config = config
+        self.parts = parts
+        self.pre = parts.pre
+        self.flops = flops
+        self.stopper = stopper
+        self.progress = Progress()
+        self.scaler = torch.amp.GradScaler(parts.device.type, enabled=config.precision == "fp16")
+        self.checkpoints = config.output / run_dir.CHECKPOINTS
+        self.main = distributed.rank() == 0
+        seed_all(config.seed + distributed.rank())
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            StopRequested: a signal came; a checkpoint to go on from was written.
+            NonFiniteLossError: as configured by ``on_nan``.
+            CheckpointError: a checkpoint could not be written or read.
+        """
+        self._resume()
+        log = None
+        if self.main:
+            run_dir.write_json(self.config.output / run_dir.RUN, run_facts(self.config, self.parts, self.flops))
+            log = run_dir.MetricsLog(self.config.output, self.progress.epoch - (self.progress.pending is not None))
+        self.display = Display(self.config.epochs, self.parts.steps_per_epoch, enabled=self.main)
+        try:
+            while self.progress.epoch < self.config.epochs or self.progress.pending is not None:
+                if self.progress.pending is None:
+                    self._train_epoch()
+                self._finish_epoch(log)
+        except StopRequested:
+            self._save()
+            raise
+        finally:
+            self.display.close()
+            if log is not None:
+                log.close()
+
+    def _train_epoch(self) -> None:
+        """Steps from wherever the epoch stands to its end, then PreLoRA's turn."""
+        config, progress, parts = self.config, self.progress, self.parts
+        memory.reset_peak()
+        self.pre.model.train()
+        indices = train_batches(
+            parts.source.train_samples,
+            config.seed,
+            progress.epoch,
+            batch_size=config.data.batch_size,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+            first=progress.step * config.optim.accumulate,
+            count=parts.steps_per_epoch * config.optim.accumulate,
+        )
+        batches = parts.source.train(list(indices), progress.epoch)
+        self.display.start_epoch(progress.epoch + 1, self.pre.phase, progress.step)
+        while progress.step < parts.steps_per_epoch:
+            began = time.perf_counter()
+            stop = self._step(batches)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - began
+            self.display.step(progress.loss_sum / progress.step, self._images(), progress.seconds)
+            every = config.checkpoint.every_steps
+            if progress.step == parts.steps_per_epoch:
+                break  # whoever wants to stop is heard before the evaluation, after PreLoRA's turn
+            if stop:
+                raise StopRequested(self.stopper.signal or "a signal on another rank")
+            if every is not None and progress.step % every == 0:
+                self._save()
+        self._end_epoch()
+
+    def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
+        """One optimizer step over the accumulated micro-batches; returns whether the ranks agreed to stop after it."""
+        config, pre = self.config, self.pre
+        pre.scheduler.step_update(self._global_step())
+        total = torch.zeros((), device=self.parts.device)
+        for micro in range(config.optim.accumulate):
+            last = micro == config.optim.accumulate - 1
+            with contextlib.nullcontext() if last else _no_sync(pre.model):
+                loss = self._loss(*next(batches)) / config.optim.accumulate
+                self.scaler.scale(loss).backward()
+            total += loss.detach()
+        stop, finite = self.stopper.agree(torch.isfinite(total))
+        self.progress.loss_sum += total.item()
+        if finite:
+            self._update()
+        elif config.on_nan == "stop":
+            raise NonFiniteLossError(
+                f"the loss is not finite in epoch {self.progress.epoch + 1}, step {self.progress.step + 1}; "
+                f"the weights were not updated with it. --on-nan skip leaves such steps out"
+            )
+        else:
+            self.progress.skipped += 1
+        pre.optimizer.zero_grad(set_to_none=True)
+        return stop
+
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+        images, labels = (tensor.to(self.parts.device, non_blocking=True) for tensor in (images, labels))
+        targets = labels
+        if self.parts.mixup is not None:
+            images, targets = self.parts.mixup(images, labels)
+        with self._autocast():
+            return self.parts.criterion(logits(self.pre.model(images)), targets)
+
+    def _update(self) -> None:
+        config, pre = self.config, self.pre
+        self.progress.gradient_bytes = memory.gradient_bytes(pre.optimizer)
+        if config.optim.clip_grad is not None:
+            self.scaler.unscale_(pre.optimizer)
+            trained = [p for group in pre.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(trained, config.optim.clip_grad)
+        self.scaler.step(pre.optimizer)
+        self.scaler.update()
+        if pre.ema is not None:
+            pre.ema.update(pre.base_model)
+
+    def _end_epoch(self) -> None:
+        """Let PreLoRA look at the epoch, and turn the progress into its record."""
+        progress, pre, phase = self.progress, self.pre, self.pre.phase
+        trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
+        trainable = sum(p.numel() for p in pre.base_model.parameters() if p.requires_grad)
+        lr = pre.optimizer.param_groups[0]["lr"]
+        event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=self._probe())
+        progress.pending = {
+            "epoch": progress.epoch + 1,
+            "step": (progress.epoch + 1) * self.parts.steps_per_epoch,
+            "phase": phase,
+            "loss": event.loss,
+            "lr": float(lr),
+            "images": self._images(),
+            "seconds": progress.seconds,
+            "img_per_s": self._images() / progress.seconds,
+            "peak_memory_bytes": memory.peak_bytes(),
+            "memory": trained_with,
+            "trainable": trainable,
+            "norms": event.norms.effective,
+            "base_norms": event.norms.base,
+            "lora_norms": event.norms.lora,
+            "update": event.norms.update,
+            "skipped_steps": progress.skipped,
+            "event": self._event(event),
+        }
+        self.progress = Progress(epoch=progress.epoch + 1, pending=progress.pending)
+
+    def _event(self, event: Event) -> dict[str, Any]:
+        names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
+        # Today's LoRALinear computes the low-rank path beside the base's.
+        flops = self.flops.phases(event.ranks, "two_path").as_dict() if event.ranks else None
+        return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
+
+    def _finish_epoch(self, log: run_dir.MetricsLog | None) -> None:
+        """Evaluate, write the record, write the checkpoint."""
+        record = self.progress.pending
+        assert record is not None
+        record["eval"] = self._evaluate(self.pre.base_model)
+        record["ema_eval"] = self._evaluate(self.pre.ema.module) if self.pre.ema is not None else None
+        self.progress.pending = None
+        if log is not None:
+            log.write(record)
+        self.display.end_epoch(record)
+        finished = self.progress.epoch
+        last = finished == self.config.epochs
+        if last or record["event"]["action"] != "none" or finished % self.config.checkpoint.every_epochs == 0:
+            self._save(metric=record["eval"]["top1"])
+        self.stopper.check()
+
+    def _evaluate(self, model: nn.Module) -> dict[str, float]:
+        return evaluate(
+            model,
+            self.parts.source,
+            batch_size=self.config.data.batch_size,
+            device=self.parts.device,
+            autocast=self._autocast,
+            between=self.stopper.check,
+        )
+
+    def _probe(self) -> Tensor:
+        """A few real images, on which the switch is held to leave the logits as they are."""
+        indices = torch.arange(min(PROBE_IMAGES, self.parts.source.eval_samples)).numpy()
+        images, _ = next(self.parts.source.evaluate([indices]))
+        return images.to(self.parts.device)
+
+    def _images(self) -> int:
+        return self.progress.step * self.parts.global_batch
+
+    def _global_step(self) -> int:
+        return self.progress.epoch * self.parts.steps_per_epoch + self.progress.step
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
+        if dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.parts.device.type, dtype)
+
+    def _save(self, metric: float | None = None) -> None:
+        """Write a checkpoint on rank 0; all ranks fail alike."""
+        rng = distributed.gather_json(rng_state())
+        progress = self.progress
+        tree = {
+            **self.pre.state_dict(),
+            "train": {
+                "config": to_dict(self.config),
+                "world_size": distributed.world_size(),
+                "progress": dataclasses.asdict(progress),
+                "scaler": self.scaler.state_dict(),
+                "rng": rng,
+            },
+        }
+        about = {"epoch": progress.epoch, "step": self._global_step(), "phase": self.pre.phase, "metric": metric}
+        failure = None
+        if self.main:
+            try:
+                path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
+                save_checkpoint(path, tree, about)
+                prune(self.checkpoints, self.config.checkpoint.keep_last)
+            except CheckpointError as error:
+                failure = str(error)
+        failure = distributed.broadcast_json(failure)
+        if failure is not None:
+            raise CheckpointError(failure)
+
+    def _resume(self) -> None:
+        """Go on from the newest valid checkpoint, if resuming and there is one."""
+        path, faults = newest_valid(self.checkpoints) if self.config.resume == "auto" else (None, [])
+        chosen, faults = distributed.broadcast_json([str(path) if path else None, faults])
+        if self.main:
+            for fault in faults:
+                print(f"resume: passed over a damaged checkpoint: {fault}", flush=True)
+        if chosen is None:
+            if faults:
+                raise CheckpointError(f"no checkpoint under {self.checkpoints} is intact; remove it to start anew")
+            return
+        tree = load_checkpoint(Path(chosen))
+        saved = tree["train"]
+        _check_resumable(saved, to_dict(self.config))
+        self.pre.load_state_dict(tree)
+        self.progress = Progress(**saved["progress"])
+        self.scaler.load_state_dict(saved["scaler"])
+        set_rng_state(saved["rng"][distributed.rank()])
+        if self.main:
+            where = f"epoch {self.progress.epoch}, step {self.progress.step}, phase {self.pre.phase}"
+            print(f"resume: going on from {chosen} ({where})", flush=True)
+
+
+def _check_resumable(saved: dict[str, Any], config: dict[str, Any]) -> None:
+    for key, value in config.items():
+        if key not in RESUMABLE and saved["config"].get(key) != value:
+            theirs = saved["config"].get(key)
+            if isinstance(value, dict) and isinstance(theirs, dict):
+                inner = next(k for k in [*value, *theirs] if value.get(k) != theirs.get(k))
+                key, value, theirs = f"{key}.{inner}", value.get(inner), theirs.get(inner)
+            raise CheckpointError(
+                f"the checkpoint was written with {key} = {theirs}, the config says {value}: resume with the same, "
+                f"or give another output to start anew"
+            )
+    if saved["world_size"] != distributed.world_size():
+        raise CheckpointError(
+            f"the checkpoint was written by {saved['world_size']} ranks, there are {distributed.world_size()}: "
+            f"the batch and the random states are per rank; resume with as many"
+        )
+
+
+def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
+    """Without gradient communication, where the model is in DDP."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
