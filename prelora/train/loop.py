@@ -101,7 +101,7 @@ class Trainer:
     def _train_epoch(self) -> None:
         """Steps from wherever the epoch stands to its end, then PreLoRA's turn."""
         config, progress, parts = self.config, self.progress, self.parts
-        memory.reset_peak()
+        memory.reset_peak(parts.device)
         self.pre.model.train()
         indices = train_batches(
             parts.source.train_samples,
@@ -191,7 +191,7 @@ class Trainer:
             "images": self._images(),
             "seconds": progress.seconds,
             "img_per_s": self._images() / progress.seconds,
-            "peak_memory_bytes": memory.peak_bytes(),
+            "peak_memory_bytes": memory.peak_bytes(self.parts.device),
             "memory": trained_with,
             "trainable": trainable,
             "norms": event.norms.effective,

@@ -17,19 +17,19 @@ STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
 
 
-def reset_peak() -> None:
-    """Start a new peak: of the CUDA allocator, else of the process's resident memory."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
+def reset_peak(device: torch.device) -> None:
+    """Start a new peak: of the CUDA allocator, or on a CPU of the process's resident memory."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     elif CLEAR.exists():
         with contextlib.suppress(PermissionError):  # a locked-down container: the peak is then the process's
             CLEAR.write_text("5")  # the kernel's way to reset VmHWM
 
 
-def peak_bytes() -> int:
+def peak_bytes(device: torch.device) -> int:
     """Peak since ``reset_peak``; where the system cannot reset it, since the process started."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     if STATUS.exists():
         line = next((line for line in STATUS.read_text().splitlines() if line.startswith("VmHWM")), None)
         if line is not None:

@@ -1,0 +1,227 @@
+"""FLOPs per image of each phase, and from them the ceiling on the speed-up over FULL.
+
+A multiply-add is two FLOPs. Only matrix products, attention and convolutions are counted, forward and backward.
+What happens once per optimizer step (the optimizer itself, merging W + s·B·A, gradient communication) is left out.
+With M tokens, k inputs, n outputs and rank r, per target:
+
+- FULL: its weight gradient costs 2·M·n·k, and that alone is what freezing the target removes;
+- WARMUP: ``two_path`` adds 6·M·r·(n + k) to FULL; ``merged`` adds nothing per image;
+- LORA: ``merged`` adds 4·M·r·(n + k) to the frozen model, ``two_path`` 6·M·r·(n + k).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from prelora.config import Freeze
+
+Execution = Literal["merged", "two_path"]
+
+
+class TargetLike(Protocol):
+    """What of a ``prelora.targets.Target`` is needed here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def rows(self) -> tuple[int, int] | None: ...
+
+
+@dataclass(frozen=True)
+class TargetCost:
+    """The sizes of one target that set the FLOPs of its weight gradient and of its LoRA."""
+
+    tokens: float
+    """M, rows that pass through the layer, per image."""
+    in_features: int
+    out_features: int
+    input_grad: bool
+    """Whether its input gets a gradient in FULL and WARMUP."""
+    frozen_input_grad: bool
+    """The same in LORA; with ``freeze="all"`` the first layer's input gets none."""
+
+    def merged_flops(self, rank: int) -> float:
+        """FLOPs per image of LoRA's gradients alone, in LORA: x·Aᵀ, dy·B and the two products that give dA and dB."""
+        return 4 * self.tokens * rank * (self.in_features + self.out_features)
+
+    def two_path_flops(self, rank: int, input_grad: bool) -> float:
+        """FLOPs per image of the low-rank path, forward and backward."""
+        return 2 * self.tokens * rank * (3 * self.out_features + (2 + input_grad) * self.in_features)
+
+
+@dataclass(frozen=True)
+class PhaseFlops:
+    """FLOPs per image, forward and backward, of each phase."""
+
+    full: float
+    warmup: float
+    lora: float
+
+    @property
+    def ceiling(self) -> float:
+        """Largest speed-up of LORA over FULL on one compute-bound device."""
+        return self.full / self.lora
+
+    def as_dict(self) -> dict[str, float]:
+        """``{"full": …, "warmup": …, "lora": …}``, FLOPs per image."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ModelFlops:
+    """What was counted of a model before any rank is known; ``phases`` adds the ranks."""
+
+    full: float
+    """FLOPs per image, forward and backward, all parameters trainable."""
+    frozen: float
+    """FLOPs per image with the base frozen, before LoRA's are added."""
+    targets: dict[str, TargetCost]
+
+    def phases(self, ranks: Mapping[str, int], execution: Execution = "merged") -> PhaseFlops:
+        """FLOPs per image of each phase under ``ranks`` (by target name).
+
+        Raises:
+            ValueError: the ranks' names are not the targets', or no such execution.
+        """
+        if ranks.keys() != self.targets.keys():
+            names = sorted(ranks.keys() ^ self.targets.keys())
+            raise ValueError(f"ranks and targets differ in {len(names)} names: {', '.join(names[:8])}")
+        costs = [(cost, ranks[name]) for name, cost in self.targets.items()]
+        if execution == "merged":
+            warmup = 0.0
+            lora = sum(cost.merged_flops(rank) for cost, rank in costs)
+        elif execution == "two_path":
+            warmup = sum(cost.two_path_flops(rank, cost.input_grad) for cost, rank in costs)
+            lora = sum(cost.two_path_flops(rank, cost.frozen_input_grad) for cost, rank in costs)
+        else:
+            raise ValueError(f"execution {execution!r}: accepted are merged, two_path")
+        return PhaseFlops(full=self.full, warmup=self.full + warmup, lora=self.frozen + lora)
+
+
+def count_flops(
+    model: nn.Module,
+    targets: Sequence[TargetLike],
+    ranks: Mapping[str, int],
+    inputs: Tensor,
+    *,
+    execution: Execution = "merged",
+    freeze: Freeze = "targets",
+) -> PhaseFlops:
+    """FLOPs per image of FULL, WARMUP and LORA; ``count_model`` and ``ModelFlops.phases`` in one call."""
+    return count_model(model, targets, inputs, freeze=freeze).phases(ranks, execution)
+
+
+def count_model(
+    model: nn.Module, targets: Sequence[TargetLike], inputs: Tensor, *, freeze: Freeze = "targets"
+) -> ModelFlops:
+    """Count a model's FLOPs per image on the meta device: nothing is computed and ``model`` is not touched.
+
+    Args:
+        model: the model without LoRA, on any device; neither compiled nor wrapped.
+        targets: the linear layers, or row slices of them, that will carry LoRA.
+        inputs: (images, …), what the model is called with; only its shape and dtype are read.
+        freeze: what is frozen in LORA; ``"all"`` also removes every other weight gradient.
+
+    Raises:
+        ValueError: a target's path is not an ``nn.Linear``, or no input passes through it.
+    """
+    meta = _meta_copy(model)
+    linears = {target.path: _linear(meta, target) for target in targets}
+    images = inputs.shape[0]
+    meta.requires_grad_(True)
+    full, seen = _count(meta, linears, inputs)
+    removed = sum(2 * seen[t.path].rows * _outputs(linears, t) * linears[t.path].in_features for t in targets)
+    frozen, seen_frozen = full - removed, seen
+    if freeze == "all":
+        meta.requires_grad_(False)
+        for linear in linears.values():
+            linear.requires_grad_(True)
+        frozen, seen_frozen = _count(meta, linears, inputs)
+        frozen -= sum(2 * seen[path].rows * linear.weight.numel() for path, linear in linears.items())
+    costs = {
+        target.name: TargetCost(
+            tokens=seen[target.path].rows / images,
+            in_features=linears[target.path].in_features,
+            out_features=_outputs(linears, target),
+            input_grad=seen[target.path].input_grad,
+            frozen_input_grad=seen_frozen[target.path].input_grad,
+        )
+        for target in targets
+    }
+    return ModelFlops(full=full / images, frozen=frozen / images, targets=costs)
+
+
+@dataclass
+class _Seen:
+    """What passed through a linear layer in one forward."""
+
+    rows: int = 0
+    input_grad: bool = False
+
+
+def _count(model: nn.Module, linears: Mapping[str, nn.Linear], inputs: Tensor) -> tuple[int, dict[str, _Seen]]:
+    """FLOPs of one forward and backward of the whole batch, and what passed through each target's module."""
+    batch = torch.empty(inputs.shape, dtype=inputs.dtype, device="meta")
+    counter = FlopCounterMode(display=False)
+    with torch.enable_grad(), counter:
+        # Hooks are gone before backward: activation checkpointing runs the forward again there.
+        with _observed(linears) as seen:
+            outputs = model(batch)
+        leaves = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        torch.autograd.backward(leaves, [torch.empty_like(leaf) for leaf in leaves])
+    unused = [path for path, found in seen.items() if not found.rows]
+    if unused:
+        raise ValueError(f"no input passes through target {unused[0]!r}: its FLOPs are unknown")
+    return counter.get_total_flops(), seen
+
+
+@contextmanager
+def _observed(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, _Seen]]:
+    seen = {path: _Seen() for path in linears}
+
+    def record(found: _Seen, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found.rows += args[0].numel() // args[0].shape[-1]
+        found.input_grad |= args[0].requires_grad
+
+    handles = [linear.register_forward_pre_hook(partial(record, seen[path])) for path, linear in linears.items()]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy without the numbers: its parameters and buffers are on the meta device."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
+    return copy.deepcopy(model, memo).train()
+
+
+def _linear(model: nn.Module, target: TargetLike) -> nn.Linear:
+    module = model.get_submodule(target.path)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"target {target.name!r}: {target.path} is a {type(module).__name__}, not an nn.Linear")
+    return module
+
+
+def _outputs(linears: Mapping[str, nn.Linear], target: TargetLike) -> int:
+    if target.rows is None:
+        return linears[target.path].out_features
+    start, stop = target.rows
+    return stop - start
