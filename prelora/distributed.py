@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -31,8 +30,9 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: a wrapper whose inside cannot be changed in a run.
     """
-    if isinstance(model, OptimizedModule):
-        return unwrap(model._orig_mod)
+    compiled = _compiled(model)
+    if compiled is not None:
+        return unwrap(compiled)
     if isinstance(model, DistributedDataParallel):
         return unwrap(model.module)
     name = type(model).__name__
@@ -49,15 +49,16 @@ def rewrap(model: nn.Module) -> nn.Module:
 
     Old DDP wrappers are retired: calling one raises. Compiled code is dropped, so the next call compiles again.
     """
-    if _is_compiled(model):
+    if any(_compiled(m) is not None or m._compiled_call_impl is not None for m in model.modules()):
         torch._dynamo.reset()
     return _rewrap(model)
 
 
 def _rewrap(model: nn.Module) -> nn.Module:
-    if isinstance(model, OptimizedModule):
-        inner = _rewrap(model._orig_mod)
-        return model if inner is model._orig_mod else OptimizedModule(inner, model.dynamo_ctx)
+    compiled = _compiled(model)
+    if compiled is not None:
+        inner = _rewrap(compiled)
+        return model if inner is compiled else type(model)(inner, model.dynamo_ctx)
     if not isinstance(model, DistributedDataParallel):
         return model
     wrapped = DistributedDataParallel(
@@ -81,13 +82,15 @@ def _rewrap(model: nn.Module) -> nn.Module:
 
 def has_gradient_buckets(model: nn.Module) -> bool:
     """Whether DDP holds a second copy of the gradients in its buckets."""
-    if isinstance(model, OptimizedModule):
-        return has_gradient_buckets(model._orig_mod)
+    compiled = _compiled(model)
+    if compiled is not None:
+        return has_gradient_buckets(compiled)
     return isinstance(model, DistributedDataParallel) and not model.gradient_as_bucket_view
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    return any(isinstance(m, OptimizedModule) or m._compiled_call_impl is not None for m in model.modules())
+def _compiled(model: nn.Module) -> nn.Module | None:
+    """What a ``torch.compile`` wrapper is around; its class is not imported, for that costs a second."""
+    return model._modules.get("_orig_mod")
 
 
 def _retire(model: DistributedDataParallel) -> None:

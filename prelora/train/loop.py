@@ -181,6 +181,7 @@ class Trainer:
         trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
         trainable = sum(p.numel() for p in pre.base_model.parameters() if p.requires_grad)
         lr = pre.optimizer.param_groups[0]["lr"]
+        peak = memory.peak_bytes(self.parts.device)
         event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=self._probe())
         progress.pending = {
             "epoch": progress.epoch + 1,
@@ -191,7 +192,7 @@ class Trainer:
             "images": self._images(),
             "seconds": progress.seconds,
             "img_per_s": self._images() / progress.seconds,
-            "peak_memory_bytes": memory.peak_bytes(self.parts.device),
+            "peak_memory_bytes": peak,
             "memory": trained_with,
             "trainable": trainable,
             "norms": event.norms.effective,
