@@ -8,6 +8,7 @@ before any tensor is read. No pickle is ever read or written.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,21 +55,25 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
     """
+    damaged = False
     if path.is_dir():
         try:
             return verify_checkpoint(path)  # a resumed run comes by the same step again, with the same bits
         except CheckpointError:
-            shutil.rmtree(path)
+            damaged = True
     part = path.with_name(f"{path.name}.part-{os.getpid()}")
     try:
+        if damaged:
+            shutil.rmtree(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.mkdir()
         _write(part, tree, dict(about or {}))
         part.rename(path)
         _sync(path.parent)
-    except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error}; earlier checkpoints are untouched") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return verify_checkpoint(path)
 
 
@@ -94,31 +100,38 @@ def verify_checkpoint(path: Path) -> Manifest:
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
-        if file.stat().st_size != expected["bytes"]:
-            raise CheckpointError(
-                f"checkpoint {path} is damaged: {name} has {file.stat().st_size} bytes of {expected['bytes']}"
-            )
-        if _sha256(file) != expected["sha256"]:
+        try:
+            size, digest = file.stat().st_size, _sha256(file)
+        except OSError as error:
+            raise CheckpointError(f"checkpoint {path} cannot be read: {name}: {error}") from error
+        if size != expected["bytes"]:
+            raise CheckpointError(f"checkpoint {path} is damaged: {name} has {size} bytes of {expected['bytes']}")
+        if digest != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
     return manifest
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest alone, unverified.
+    """The manifest alone, held against its own SHA-256 but not against the other files.
 
     Raises:
-        CheckpointError: there is none, or it is of another format.
+        CheckpointError: there is none, it is damaged, or of another format.
     """
     try:
-        raw = json.loads((path / MANIFEST).read_text())
+        text = (path / MANIFEST).read_text()
+        raw = json.loads(text)
         manifest = Manifest(path, raw["about"], raw["files"])
         found = raw["format"]
     except FileNotFoundError:
         raise CheckpointError(f"{path} is no complete checkpoint: {MANIFEST} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {MANIFEST}: {error}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not parse ({error})") from error
     if found != FORMAT:
         raise CheckpointError(f"checkpoint {path} is of format {found}; this prelora reads format {FORMAT}")
+    if text != _manifest_text(manifest.about, manifest.files):
+        raise CheckpointError(f"checkpoint {path} is damaged: {MANIFEST} does not match its SHA-256")
     return manifest
 
 
@@ -154,6 +167,9 @@ def prune(root: Path, keep_last: int) -> list[Path]:
 
     Returns:
         What was removed.
+
+    Raises:
+        CheckpointError: the newest is damaged (nothing was removed then), or one could not be removed.
     """
     found = checkpoints(root)
     if not found or keep_last < 1:
@@ -163,9 +179,25 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     removed = [path for path in found if path not in kept]
     for path in removed:
         # Out of sight first: a kill in the middle must not leave half a checkpoint under a checkpoint's name.
-        gone = path.rename(path.with_name(f"{path.name}.part-{os.getpid()}"))
-        shutil.rmtree(gone)
+        try:
+            shutil.rmtree(path.rename(path.with_name(f"{path.name}.part-{os.getpid()}")))
+        except OSError as error:
+            raise CheckpointError(f"cannot remove checkpoint {path}: {error}") from error
     return removed
+
+
+def set_aside_newer(root: Path, chosen: Path) -> list[Path]:
+    """Rename the checkpoints newer than ``chosen``, all damaged, so that none stands for the newest any more.
+
+    Returns:
+        Their new paths, ending in ``.damaged``.
+    """
+    aside = []
+    for path in itertools.takewhile(lambda path: path != chosen, checkpoints(root)):
+        target = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(target, ignore_errors=True)
+        aside.append(path.rename(target))
+    return aside
 
 
 def best(root: Path) -> Path | None:
@@ -203,15 +235,22 @@ def _write(folder: Path, tree: Mapping[str, Any], about: dict[str, Any]) -> None
     for name in names:
         _sync(folder / name)
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "about": about, "files": files}, indent=1))
+    (folder / MANIFEST).write_text(_manifest_text(about, files))
     _sync(folder / MANIFEST)
     _sync(folder)
+
+
+def _manifest_text(about: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """The one text of a manifest: a single bit that differs from it is damage."""
+    body = {"format": FORMAT, "about": about, "files": files}
+    digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return json.dumps({**body, "sha256": digest}, indent=1)
 
 
 def _split(value: Any, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """``value`` with every tensor moved to ``tensors`` and its key left in its place."""
     if isinstance(value, Tensor):
-        name = "/".join(keys)
+        name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
         # A clone owns its storage: safetensors refuses tensors that share one.
         tensors[name] = value.detach().cpu().clone().contiguous()
         return {TENSOR: name}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import prelora
 from prelora.errors import CheckpointError
 
 EXIT_BAD_INPUT, EXIT_CHECKPOINT = 2, 4
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="prelora", description="Train with PreLoRA, export and report what came out.")
+    parser.add_argument("--version", action="version", version=f"prelora {prelora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a recipe: prelora train --help", add_help=False)
     export = commands.add_parser(
@@ -42,8 +44,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, help="the run's folder")
     export.add_argument("--to", choices=["merged"], default="merged", help="merged: W + s·B·A, no adapters (default)")
     export.add_argument("--out", type=Path, help="the file (default: RUN/export/merged.safetensors)")
-    export.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest intact one)")
-    export.add_argument("--best", action="store_true", help="the checkpoint with the best top-1")
+    which = export.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest intact one)")
+    which.add_argument("--best", action="store_true", help="the checkpoint with the best top-1")
     export.add_argument("--ema", action="store_true", help="the weights' moving average")
     report = commands.add_parser("report", help="write a run's report, one HTML page")
     report.add_argument("run", type=Path, help="the run's folder")
@@ -52,11 +55,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _export(options: argparse.Namespace) -> int:
+    from prelora.train.display import plain_warnings
     from prelora.train.export import export_merged
 
-    path, difference = export_merged(
-        options.run, options.out, checkpoint=options.checkpoint, use_best=options.best, ema=options.ema
-    )
+    with plain_warnings():
+        path, difference = export_merged(
+            options.run, options.out, checkpoint=options.checkpoint, use_best=options.best, ema=options.ema
+        )
     print(f"{path}: loads strict=True into the stock model; its logits differ by {difference:.1e} of their scale")
     return 0
 

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from prelora import distributed, monitor, optim, surgery
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
-from prelora.errors import CheckpointError, PreLoRAWarning
+from prelora.errors import CheckpointError, OptimizerError, PreLoRAWarning
 from prelora.monitor import Monitor, Norms
 from prelora.ranks import assign_ranks
 from prelora.targets import Layout, Target, find_targets, target_shape
@@ -66,13 +66,15 @@ class PreLoRA:
         config: None: the defaults (the paper's Exp2).
         targets: where LoRA goes, as in ``find_targets``.
         scheduler: a torch or timm LR scheduler of the optimizer, to be carried along.
-        ema: an averaged copy of the model with a ``module`` (timm's ``ModelEmaV3``), to be extended with LoRA.
+        ema: an averaged copy of the model with a ``module`` (timm's ``ModelEmaV3``, torch's ``AveragedModel``), to
+            be extended with LoRA.
         total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
             switch, at most 500; None: 1 % of the steps done.
         seed: from which A is drawn.
 
     Raises:
-        TargetError, OptimizerError, TypeError: the model, optimizer or wrapper cannot go through the switch.
+        TargetError, OptimizerError, TypeError, ValueError: the model, the optimizer, its scheduler, the wrapper or
+            the average cannot go through the switch.
     """
 
     def __init__(
@@ -104,6 +106,14 @@ class PreLoRA:
         """The plan by target; empty before the switch."""
         self.targets = find_targets(self.base_model, targets)
         optim.check_rebuildable(optimizer)
+        held = set(optim.parameter_names(optimizer, self.base_model).values())
+        if idle := [target.name for target in self.targets if f"{target.path}.weight" not in held]:
+            raise OptimizerError(f"the optimizer does not hold the weights of {len(idle)} targets, as {idle[0]}")
+        if scheduler is not None:
+            optim.check_schedulable(scheduler, optimizer)
+        averaged = self._averaged
+        if averaged is not None and list(averaged.state_dict()) != list(self.base_model.state_dict()):
+            raise ValueError("the parameters and buffers of ema.module are not the model's: build ema from the model")
         self._monitor = Monitor(self.targets, self.config)
         self._ramp = optim.LoRARamp(0, 0)
         self._hooks: list[Any] = []
@@ -116,6 +126,11 @@ class PreLoRA:
     def base_model(self) -> nn.Module:
         """The plain model inside ``model``'s wrappers."""
         return distributed.unwrap(self.model)
+
+    @property
+    def _averaged(self) -> nn.Module | None:
+        """The plain model that holds the average."""
+        return distributed.unwrap(self.ema.module) if self.ema is not None else None
 
     def end_epoch(self, loss: float | Tensor, probe: Any = None) -> Event:
         """Record an epoch and, when it is time, switch or freeze; on every rank, at the same epoch boundary.
@@ -164,9 +179,10 @@ class PreLoRA:
         Raises:
             ValueError: ``ema`` without one.
         """
-        if ema and self.ema is None:
+        model = self._averaged if ema else self.base_model
+        if model is None:
             raise ValueError("merged_state_dict(ema=True): PreLoRA was given no ema")
-        return surgery.merged_state_dict(self.ema.module if ema else self.base_model)
+        return surgery.merged_state_dict(model)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from here: nested dicts of tensors (not copied) and plain values."""
@@ -187,7 +203,8 @@ class PreLoRA:
             "model": dict(self.base_model.state_dict()),
             "optimizer": optim.named_state(self.optimizer, self.base_model),
             "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
-            "ema": dict(self.ema.module.state_dict()) if self.ema is not None else None,
+            "ema": dict(self._averaged.state_dict()) if self._averaged is not None else None,
+            "ema_buffers": _own_buffers(self.ema),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -209,10 +226,12 @@ class PreLoRA:
         self._monitor.load_state_dict(state["monitor"])
         self.base_model.load_state_dict(state["model"])
         optim.load_named_state(self.optimizer, self.base_model, state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
+        if self.scheduler is not None:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        if self._averaged is not None:
+            self._averaged.load_state_dict(state["ema"])
+            for name, buffer in _own_buffers(self.ema).items():
+                buffer.copy_(state["ema_buffers"][name])
         self._take_snapshot()
         if self._snapshot is not None and state["snapshot"] is not None:
             self._snapshot_step = -1
@@ -303,8 +322,9 @@ class PreLoRA:
         if self.scheduler is not None:
             self.scheduler = optim.rebuild_scheduler(self.scheduler, self.optimizer, parents)
         self._watch_steps()
-        self.model = distributed.rewrap(self.model)
+        # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
+        self.model = distributed.rewrap(self.model)
         return released
 
     def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
@@ -312,8 +332,8 @@ class PreLoRA:
         added = surgery.inject(
             model, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
         )
-        if self.ema is not None:
-            averaged = self.ema.module
+        averaged = self._averaged
+        if averaged is not None:
             surgery.inject(
                 averaged, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
             )
@@ -372,12 +392,25 @@ class PreLoRA:
             )
         if (self.ema is None) != (state["ema"] is None):
             raise CheckpointError(f"the state holds {'no' if state['ema'] is None else 'an'} EMA, unlike this run")
+        if (self.scheduler is None) != (state["scheduler"] is None):
+            held = "no" if state["scheduler"] is None else "a"
+            raise CheckpointError(f"the state holds {held} scheduler, unlike this run")
         if state["optimizer"]["class"] != type(self.optimizer).__name__:
             raise CheckpointError(
                 f"the state's optimizer is {state['optimizer']['class']}, not {type(self.optimizer).__name__}"
             )
+        self._check_optimizer_parameters(state)
         if self.seed != state["seed"]:
             warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=3)
+
+    def _check_optimizer_parameters(self, state: Mapping[str, Any]) -> None:
+        known = {name for name, _ in self.base_model.named_parameters()}
+        here = known & set(optim.parameter_names(self.optimizer, self.base_model).values())
+        there = known & {name for group in state["optimizer"]["groups"] for name in group["params"]}
+        # Parameters leave at the freeze, and none but LoRA's ever come.
+        different = sorted(there - here if state["phase"] == "lora" else there ^ here)
+        if different:
+            raise CheckpointError(f"the state's optimizer holds other parameters: they differ in {different[:4]}")
 
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
@@ -396,6 +429,12 @@ def _logits(model: nn.Module, probe: Any) -> Tensor | None:
     for module, mode in training.items():
         module.training = mode
     return output if isinstance(output, Tensor) else output.logits
+
+
+def _own_buffers(ema: Any) -> dict[str, Tensor]:
+    """What an average keeps beside its model: torch's ``AveragedModel`` counts its updates in one."""
+    buffers = ema.named_buffers() if isinstance(ema, nn.Module) else ()
+    return {name: buffer for name, buffer in buffers if not name.startswith("module.")}
 
 
 def _plain(value: Any) -> Any:

@@ -62,8 +62,7 @@ def layer_changes(epochs: Sequence[Sequence[float]], config: PreLoRAConfig) -> l
     if len(epochs) < 2:
         raise ValueError(f"{len(epochs)} monitored epochs: ranks need at least 2")
     m = config.m if len(epochs) >= 2 * config.m else 1
-    complete = epochs[: len(epochs) // m * m]
-    return [percent_change(layer[-2], layer[-1]) for layer in layer_windows(complete, m, config.window)]
+    return [percent_change(layer[-2], layer[-1]) for layer in layer_windows(epochs, m, config.window)]
 
 
 def group_changes(epochs: Sequence[Sequence[float]], config: PreLoRAConfig) -> list[float]:

@@ -5,6 +5,7 @@ Nothing is pickled: objects travel as JSON in byte tensors.
 
 from __future__ import annotations
 
+import inspect
 import json
 from typing import Any, NoReturn
 
@@ -12,6 +13,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+MIX = 0x1E3779B97F4A7C15
+DDP_OPTIONS = (
+    "device_ids",
+    "output_device",
+    "dim",
+    "process_group",
+    "find_unused_parameters",
+    "gradient_as_bucket_view",
+    "static_graph",
+    "skip_all_reduce_unused_params",
+    "batched_grad_copy",
+)
 
 
 def world_size() -> int:
@@ -34,6 +48,8 @@ def unwrap(model: nn.Module) -> nn.Module:
     if compiled is not None:
         return unwrap(compiled)
     if isinstance(model, DistributedDataParallel):
+        if model.mixed_precision is not None:
+            raise TypeError("DistributedDataParallel(mixed_precision=...) hooks itself into the model: use autocast")
         return unwrap(model.module)
     name = type(model).__name__
     if name in ("DataParallel", "FullyShardedDataParallel"):
@@ -61,23 +77,26 @@ def _rewrap(model: nn.Module) -> nn.Module:
         return model if inner is compiled else type(model)(inner, model.dynamo_ctx)
     if not isinstance(model, DistributedDataParallel):
         return model
-    wrapped = DistributedDataParallel(
-        _rewrap(model.module),
-        device_ids=model.device_ids,
-        output_device=model.output_device,
-        dim=model.dim,
-        broadcast_buffers=model.broadcast_buffers,
-        process_group=model.process_group,
-        bucket_cap_mb=None if model.bucket_bytes_cap_default else model.bucket_bytes_cap // 2**20,
-        find_unused_parameters=model.find_unused_parameters,
-        gradient_as_bucket_view=model.gradient_as_bucket_view,
-        static_graph=model.static_graph,
-        mixed_precision=model.mixed_precision,
-    )
+    wrapped = DistributedDataParallel(_rewrap(model.module), **_ddp_options(model))
     for hook, state in model._comm_hooks:
         wrapped.register_comm_hook(state, hook)
+    wrapped.training = model.training
     _retire(model)
-    return wrapped.train(model.training)
+    return wrapped
+
+
+def _ddp_options(model: DistributedDataParallel) -> dict[str, Any]:
+    """What a DDP was built with, as far as this torch's DDP takes it."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    options = {name: getattr(model, name) for name in DDP_OPTIONS if name in known}
+    # torch 2.14 deprecates broadcast_buffers for forward_sync_buffers.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options[buffers] = getattr(model, buffers)
+    if per_bucket := getattr(model, "bucket_bytes_cap_list", None):
+        options["bucket_cap_mb_list"] = [size / 2**20 for size in per_bucket]
+    elif not model.bucket_bytes_cap_default:
+        options["bucket_cap_mb"] = model.bucket_bytes_cap / 2**20
+    return options
 
 
 def has_gradient_buckets(model: nn.Module) -> bool:
@@ -161,29 +180,31 @@ def _decode(data: Tensor) -> Any:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, int]:
-    """A checksum of every parameter's and buffer's bits, by name; one device-to-host copy a device."""
-    state = model.state_dict()
-    sums = [_bit_sum(tensor) for tensor in state.values()]
-    return dict(zip(state, torch.stack(sums).tolist(), strict=True)) if sums else {}
+    """A checksum of every parameter's bits, by name, with a single device-to-host copy."""
+    parameters = dict(model.named_parameters())
+    sums = [_bit_sum(parameter) for parameter in parameters.values()]
+    return dict(zip(parameters, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     data = tensor.detach().contiguous().flatten().view(bits).to(torch.int64)
-    # Weighted by position, modulo 2^64 by wrap-around: a permutation changes the sum as well.
-    return (data * (torch.arange(data.numel(), device=data.device) * 2 + 1)).sum()
+    # Mixed with the position before it is summed (modulo 2^64): no two changes cancel, not even two sign bits.
+    data = data + torch.arange(data.numel(), device=data.device) * MIX
+    data = (data ^ (data >> 31)) * MIX
+    return (data ^ (data >> 31)).sum()
 
 
 def check_same_on_all_ranks(model: nn.Module) -> None:
-    """Hold that every rank has bit-identical parameters and buffers.
+    """Hold that every rank has bit-identical parameters; buffers may be each rank's own.
 
     Raises:
-        RuntimeError: naming the first that differs and the ranks.
+        RuntimeError: naming the first that differ and the rank.
     """
     if world_size() == 1:
         return
     prints = gather_json(fingerprint(model))
     for other, found in enumerate(prints):
-        different = [name for name in prints[0] if found.get(name) != prints[0][name]]
-        if different or len(found) != len(prints[0]):
+        different = [name for name in {**prints[0], **found} if found.get(name) != prints[0].get(name)]
+        if different:
             raise RuntimeError(f"rank {other} and rank 0 differ in {len(different)} parameters, as {different[:2]}")

@@ -18,16 +18,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from prelora.errors import CheckpointError, OptimizerError
 
 LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
-PER_GROUP_LISTS = (
-    "base_lrs",
-    "lr_lambdas",
-    "_last_lr",
-    "min_lrs",
-    "max_lrs",
-    "_max_lrs",
-    "base_values",
-    "warmup_steps",
-)
+LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "warmup_steps")
+OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
+HOOK_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 LORA_SUFFIX = "/lora"
 
 
@@ -97,17 +90,22 @@ def rebuild_optimizer(
             groups.append({**options, "params": kept, "name": label})
             parents.append(index)
         if new:
-            scaled = {key: options[key] * lr_mult for key in LR_KEYS if isinstance(options.get(key), (int, float))}
+            options.pop("step", None)  # timm's LAMB and Adan count for the group: LoRA's moments start at 0
+            scaled = {key: options[key] * lr_mult for key in LR_KEYS if options.get(key) is not None}
             decay = {"weight_decay": 0.0} if "weight_decay" in options else {}
             groups.append({**options, **scaled, **decay, "params": new, "name": label + LORA_SUFFIX})
             parents.append(index)
-    rebuilt = _construct(optimizer, groups)
     kept_parameters = {parameter for group in groups for parameter in group["params"]}
+    homeless = [name for name in added or {} if by_name[name] not in kept_parameters]
+    if homeless:
+        raise OptimizerError(f"{homeless[0]} would not train: the optimizer does not hold the weight that it adapts")
+    rebuilt = _construct(optimizer, groups)
     for parameter, state in optimizer.state.items():
         if parameter in kept_parameters:
             rebuilt.state[parameter] = state
-    for table in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-        getattr(rebuilt, table).update(getattr(optimizer, table))
+    for table in HOOK_TABLES:
+        # The table itself, so that a handle given out before still removes its hook.
+        setattr(rebuilt, table, getattr(optimizer, table))
     _retire(optimizer)
     return rebuilt, parents
 
@@ -119,7 +117,7 @@ def _construct(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
     arguments = {key: value for key, value in optimizer.defaults.items() if key in signature}
     try:
         rebuilt = cls(groups, **arguments)
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise OptimizerError(f"{cls.__name__} cannot be rebuilt from its defaults: {error}") from error
     rebuilt.defaults = dict(optimizer.defaults)
     return rebuilt
@@ -142,32 +140,41 @@ def _retire(optimizer: Optimizer) -> None:
     optimizer.param_groups = _RetiredGroups()
 
 
+def check_schedulable(scheduler: Any, optimizer: Optimizer) -> None:
+    """Refuse a scheduler that ``rebuild_scheduler`` cannot carry over.
+
+    Raises:
+        OptimizerError: with the reason and what is accepted.
+    """
+    name = type(scheduler).__name__
+    # timm's PlateauLRScheduler keeps its state in a second scheduler, and does not save it.
+    torch_or_timm = isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) or hasattr(scheduler, "base_values")
+    if not torch_or_timm or hasattr(scheduler, "lr_scheduler"):
+        raise OptimizerError(
+            f"{name} cannot be carried over; accepted are torch's LR schedulers and timm's but PlateauLRScheduler"
+        )
+    if scheduler.optimizer is not optimizer:
+        raise OptimizerError(f"{name} schedules another optimizer than the one given")
+
+
 def rebuild_scheduler(scheduler: Any, optimizer: Optimizer, parents: list[int]) -> Any:
     """The same schedule for the rebuilt optimizer: every group follows the group that it stems from.
 
     Args:
-        scheduler: a torch ``LRScheduler``, ``ReduceLROnPlateau`` or timm scheduler (any that keeps one value a group
-            in the lists that they keep).
+        scheduler: one that ``check_schedulable`` lets pass: a torch or timm scheduler, with its values for each
+            group in the lists that theirs have.
         parents: as ``rebuild_optimizer`` returns it.
-
-    Raises:
-        OptimizerError: a scheduler of another kind.
     """
-    if not isinstance(scheduler, (LRScheduler, ReduceLROnPlateau)) and not hasattr(scheduler, "base_values"):
-        raise OptimizerError(
-            f"{type(scheduler).__name__} cannot be carried over; accepted are torch's LR schedulers and timm's"
-        )
     rebuilt = copy.copy(scheduler)
     rebuilt.optimizer = optimizer
-    ratios = [
-        _ratio(group, group.get("initial_lr"), scheduler, parent)
-        for group, parent in zip(optimizer.param_groups, parents, strict=True)
-    ]
-    for attribute in PER_GROUP_LISTS:
+    if getattr(scheduler, "_step_count", None) == 1:
+        rebuilt._step_count = 2  # at 1, torch's first step warns that optimizer.step is not the one that it wrapped
+    ratios = [_ratio(group, scheduler, parent) for group, parent in zip(optimizer.param_groups, parents, strict=True)]
+    for attribute in (*LR_LISTS, *OTHER_LISTS):
         old = getattr(scheduler, attribute, None)
         if isinstance(old, list):
             values = [old[parent] for parent in parents]
-            if attribute != "lr_lambdas":
+            if attribute in LR_LISTS:
                 values = [value * ratio for value, ratio in zip(values, ratios, strict=True)]
             setattr(rebuilt, attribute, values)
     if hasattr(scheduler, "_schedulers"):  # SequentialLR, ChainedScheduler
@@ -175,12 +182,14 @@ def rebuild_scheduler(scheduler: Any, optimizer: Optimizer, parents: list[int]) 
     return rebuilt
 
 
-def _ratio(group: Mapping[str, Any], initial_lr: Any, scheduler: Any, parent: int) -> float:
+def _ratio(group: Mapping[str, Any], scheduler: Any, parent: int) -> float:
     """A group's learning rate over its parent's."""
-    bases = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "base_values", None)
-    if not str(group.get("name", "")).endswith(LORA_SUFFIX) or bases is None or not bases[parent] or initial_lr is None:
+    if not group["name"].endswith(LORA_SUFFIX):
         return 1.0
-    return float(initial_lr / bases[parent])
+    bases = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "base_values", None)
+    # ReduceLROnPlateau knows no initial rates, only the last ones.
+    mine, base = (group["initial_lr"], bases[parent]) if bases else (group["lr"], scheduler._last_lr[parent])
+    return float(mine / base) if base else 1.0
 
 
 def named_state(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -201,7 +210,7 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
     """Load what ``named_state`` gave into an optimizer over the same names; order of groups and names may differ.
 
     Raises:
-        CheckpointError: another optimizer class, or other parameters; nothing is changed then.
+        CheckpointError: another optimizer class, other parameters or grouped otherwise; nothing is changed then.
     """
     if saved["class"] != type(optimizer).__name__:
         raise CheckpointError(
@@ -215,13 +224,19 @@ def load_named_state(optimizer: Optimizer, model: nn.Module, saved: Mapping[str,
             f"the checkpoint's optimizer holds {len(options)} parameters, the one given {len(names)}; "
             f"they differ in {', '.join(different[:4])}"
         )
-    for group in optimizer.param_groups:
+    groups = [group for group in optimizer.param_groups if group["params"]]
+    for group in groups:
+        members = [names[parameter] for parameter in group["params"]]
+        if set(members) != set(options[members[0]]["params"]):
+            raise CheckpointError(f"the checkpoint's optimizer groups {members[0]} with other parameters than this one")
+    for group in groups:
         source = options[names[group["params"][0]]]
         for key, value in source.items():
             if key not in ("params", "param_names"):
                 group[key] = _like(group.get(key), value)
         on_device = bool(group.get("capturable") or group.get("fused"))
         for parameter in group["params"]:
+            optimizer.state.pop(parameter, None)
             if names[parameter] in saved["state"]:
                 optimizer.state[parameter] = {
                     key: _placed(key, value, parameter, on_device)
@@ -237,7 +252,9 @@ def _placed(key: str, value: Any, parameter: Tensor, on_device: bool) -> Any:
 
 
 def _like(current: Any, value: Any) -> Any:
-    """JSON knows no tuples: give ``value`` the type of what stands there."""
+    """A copy of ``value``, of the type of what stands there: JSON knows no tuples."""
+    if isinstance(value, Tensor):
+        return value.clone()
     return tuple(value) if isinstance(current, tuple) else value
 
 

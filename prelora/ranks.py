@@ -161,8 +161,6 @@ def _fit_budget(share: Callable[[float], float], budget: float) -> float:
             f"budget = {budget}: the smallest plan already trains {share(high):.4f} of the parameters; "
             f"accepted is at least that, or a smaller r_min"
         )
-    if share(low) <= budget:
-        return low
     for _ in range(60):
         middle = math.sqrt(low * high)
         low, high = (low, middle) if share(middle) <= budget else (middle, high)

@@ -51,8 +51,8 @@ def inject(
             alpha=alpha,
             rows=[stop - start for start, stop in (target.rows or (0, linear.out_features) for target in slices)],
             dropout=dropout,
+            generator=torch.Generator().manual_seed(_stream(seed, path)),
         )
-        layer.reset_lora_parameters(torch.Generator().manual_seed(_stream(seed, path)))
         _replace(model, path, layer)
         added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
         if layer.weight is not linear.weight or not (layer.lora_B.is_meta or bool((layer.lora_B == 0).all())):
@@ -112,7 +112,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state = {name: tensor.detach() for name, tensor in model.state_dict().items() if not is_lora(name)}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            state[f"{path}.weight"] = module.merged_weight()
+            state[f"{path}.weight".removeprefix(".")] = module.merged_weight()
     return state
 
 

@@ -148,6 +148,8 @@ def target_linear(model: nn.Module, target: Target) -> nn.Linear:
     # A subclass may not use its forward (nn.MultiheadAttention.out_proj) or hold packed weights (quantised).
     if type(module) is not nn.Linear and type(module) is not LoRALinear:
         raise TargetError(f"target {target.path!r} is a {_full_name(type(module))}; accepted is torch.nn.Linear itself")
+    if not isinstance(module.weight, nn.Parameter):
+        raise TargetError(f"target {target.path!r} computes its weight (weight or spectral norm): remove that first")
     if not module.weight.is_floating_point():
         raise TargetError(
             f"target {target.path!r} has a {module.weight.dtype} weight; accepted are floating-point weights"
@@ -232,9 +234,10 @@ def _expand(model: nn.Module, group: str, pattern: str) -> list[tuple[str, tuple
 
 
 def _expand_path(model: nn.Module, path: str) -> list[str]:
-    head, star, tail = path.partition(".*.")
+    head, star, tail = path.partition("*")
     if not star:
         return [path]
+    head = head.removesuffix(".")
     try:
         container = model.get_submodule(head)
     except AttributeError:
@@ -242,7 +245,7 @@ def _expand_path(model: nn.Module, path: str) -> list[str]:
     indices = [name for name, _ in container.named_children() if name.isdigit()]
     if not indices:
         raise TargetError(f"target {path!r} matches no module: {head!r} has no numbered children")
-    return [full for index in indices for full in _expand_path(model, f"{head}.{index}.{tail}")]
+    return [full for index in indices for full in _expand_path(model, f"{head}.{index}{tail}".removeprefix("."))]
 
 
 def _regroup(targets: Sequence[Target]) -> list[Target]:
@@ -259,14 +262,19 @@ def _verify(model: nn.Module, targets: Sequence[Target]) -> None:
         owners.setdefault(id(parameter), []).append(name)
     for path, slices in by_module(targets).items():
         linear = target_linear(model, slices[0])
-        tied = owners[id(linear.weight)]
-        if len(tied) > 1:
-            raise TargetError(f"target {path!r} shares its weight with others ({', '.join(tied)}); untie it first")
+        for own in (linear.weight, linear.bias):
+            tied = owners.get(id(own), [])
+            if len(tied) > 1:
+                raise TargetError(f"target {path!r} shares a parameter with others ({', '.join(tied)}); untie it first")
         spans = [target.rows or (0, linear.out_features) for target in slices]
         if len(set(spans)) < len(spans):
             raise TargetError(f"target {path!r} is matched more than once: {', '.join(t.group for t in slices)}")
+        groups = [target.group for target in slices]
+        if len(set(groups)) < len(groups):
+            raise TargetError(f"target {path!r}: slices {spans} are in groups {groups}; each needs a group of its own")
         edges = [edge for span in spans for edge in span]
-        if edges[0] != 0 or edges[-1] != linear.out_features or edges[1:-1:2] != edges[2::2]:
+        whole = edges[0] == 0 and edges[-1] == linear.out_features and edges[1:-1:2] == edges[2::2]
+        if not whole or any(start >= stop for start, stop in spans):
             raise TargetError(
                 f"target {path!r}: slices {spans} must cover its {linear.out_features} rows exactly, without overlap "
                 f"(the weight is frozen as a whole)"

@@ -49,11 +49,14 @@ def build_source(
         rand_augment: of ``folder``: (operations, magnitude), or None.
 
     Raises:
-        ValueError: an unknown name, or a path that is missing or not wanted.
+        ValueError: an unknown name, or an option that is missing or not wanted.
     """
     if name == "digits":
         from prelora.data.digits import Digits
 
+        for option, value in (("path", path), ("rand_augment", rand_augment)):
+            if value is not None:
+                raise ValueError(f"data 'digits' takes no {option}, got {value}: only 'folder' does")
         return Digits(image_size=image_size, seed=seed)
     if name == "folder":
         from prelora.data.folder import Folder

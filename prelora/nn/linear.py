@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from prelora.ops.lora_linear import lora_delta, lora_linear
 
-HOOK_TABLES = tuple(name for name, value in vars(nn.Identity()).items() if "hooks" in name and isinstance(value, dict))
+HOOK_TABLES = tuple(name for name in vars(nn.Identity()) if "hook" in name)
 
 
 class LoRALinear(nn.Linear):
@@ -56,6 +56,7 @@ class LoRALinear(nn.Linear):
         self.dropout = dropout
         self.scaling = tuple(1.0 if alpha is None else alpha / r for r in self.rank)
         self._allocate_lora(self.weight)
+        self.reset_lora_parameters()
         # The weight before ``merge``; a buffer, so that it follows the module between devices.
         self.register_buffer("base_weight", None, persistent=False)
 
@@ -64,7 +65,6 @@ class LoRALinear(nn.Linear):
         b_shape = [self.out_features, self.rank[0]] if len(self.rows) == 1 else packed
         self.lora_A = nn.Parameter(like.new_empty([sum(self.rank), self.in_features]))
         self.lora_B = nn.Parameter(like.new_empty(b_shape))
-        self.reset_lora_parameters()
 
     def reset_lora_parameters(self, generator: torch.Generator | None = None) -> None:
         """A Kaiming-uniform (a = √5), B zero: the update s·B·A is zero."""
@@ -87,8 +87,12 @@ class LoRALinear(nn.Linear):
         alpha: float | None = None,
         rows: Sequence[int] | None = None,
         dropout: float = 0.0,
+        generator: torch.Generator | None = None,
     ) -> LoRALinear:
-        """A ``LoRALinear`` that takes over ``linear``'s own parameters (the same objects), hooks and mode."""
+        """A ``LoRALinear`` that takes over ``linear``'s own parameters (the same objects), hooks and mode.
+
+        A is drawn from ``generator``; None: from the global random state.
+        """
         layer = cls(
             linear.in_features,
             linear.out_features,
@@ -103,8 +107,10 @@ class LoRALinear(nn.Linear):
         layer.weight = linear.weight
         layer.bias = linear.bias
         layer._allocate_lora(linear.weight)
+        layer.reset_lora_parameters(generator)
         for table in HOOK_TABLES:
-            getattr(layer, table).update(getattr(linear, table))
+            # The table itself, so that a handle given out before still removes its hook.
+            setattr(layer, table, getattr(linear, table))
         return layer.train(linear.training)
 
     def to_linear(self) -> nn.Linear:
@@ -204,10 +210,10 @@ def _check_slices(
 ) -> None:
     if len(rank) != len(rows):
         raise ValueError(f"rank = {rank}: {len(rank)} ranks for {len(rows)} row slices {rows}; give one for each")
+    if not rows or min(rows) < 1 or sum(rows) != out_features:
+        raise ValueError(f"rows = {rows}: must be positive and sum to out_features = {out_features}")
     if min(rank) < 1:
         raise ValueError(f"rank = {rank}: every rank must be at least 1")
-    if min(rows) < 1 or sum(rows) != out_features:
-        raise ValueError(f"rows = {rows}: must be positive and sum to out_features = {out_features}")
     if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"alpha = {alpha}: must be finite and above 0")
     if not 0 <= dropout < 1:

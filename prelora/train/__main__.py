@@ -18,13 +18,15 @@ from prelora.errors import CheckpointError, OptimizerError
 from prelora.train import run_dir
 from prelora.train.build import build_parts
 from prelora.train.config import TrainConfig, load_yaml
+from prelora.train.display import plain_warnings
 from prelora.train.loop import NonFiniteLossError, Trainer
 from prelora.train.recipes import RECIPES
 from prelora.train.stop import Stopper, StopRequested
 
 EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_CHECKPOINT, EXIT_STOPPED = 2, 3, 4, 75
 EXIT_CODES = (
-    "Exit codes: 0 finished; 2 bad input; 3 the loss was not finite; 4 a checkpoint could not be written or read; "
+    "Exit codes: 0 finished; 2 bad input; 3 the loss was not finite; "
+    "4 a checkpoint or the run's folder could not be written or read; "
     "75 stopped by SIGTERM or SIGINT after writing a checkpoint (run again with --resume auto to go on)."
 )
 
@@ -36,19 +38,19 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
         ValueError, TypeError: an unknown recipe, or values out of range.
         SystemExit: on help, or on arguments that do not parse.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    first.add_argument("--config", type=Path)
+    first = argparse.ArgumentParser(prog="prelora train", add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe", metavar="NAME")
+    first.add_argument("--config", metavar="FILE", type=Path)
     first.add_argument("--dry-run", action="store_true")
     chosen, rest = first.parse_known_args(arguments)
-    if chosen.recipe and chosen.config:
+    if chosen.recipe is not None and chosen.config is not None:
         raise ValueError("--recipe and --config: give one of them")
     if chosen.config is not None:
         default = load_yaml(chosen.config)
     else:
-        name = chosen.recipe or "digits"
+        name = chosen.recipe if chosen.recipe is not None else "digits"
         if name not in RECIPES:
-            raise ValueError(f"--recipe {name}: accepted are {', '.join(RECIPES)}")
+            raise ValueError(f"--recipe {name!r}: accepted are {', '.join(RECIPES)}")
         default = RECIPES[name]()
     listed = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     description = (
@@ -69,9 +71,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             print(describe(config))
             return 0
+    except BrokenPipeError:  # `| head` has seen enough of the help or the plan
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, EXIT_BAD_INPUT)
-    return train(config)
+    with plain_warnings():
+        return train(config)
 
 
 def train(config: TrainConfig) -> int:
@@ -87,7 +93,7 @@ def train(config: TrainConfig) -> int:
         if distributed.rank() == 0:
             print(f"stopped by {stop}; go on with --resume auto", flush=True)
         return EXIT_STOPPED
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         return _fail(error, EXIT_CHECKPOINT)
     except NonFiniteLossError as error:
         return _fail(error, EXIT_NOT_FINITE)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,7 +88,7 @@ class TrainConfig:
     """A complete run."""
 
     recipe: str = "digits"
-    """The recipe that this started from."""
+    """The recipe to start from."""
     output: Path = Path("runs/digits")
     """The run's folder."""
     resume: Literal["never", "auto"] = "never"
@@ -114,26 +117,53 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        positive = {
-            "epochs": self.epochs,
-            "data.batch_size": self.data.batch_size,
-            "optim.lr": self.optim.lr,
-            "optim.accumulate": self.optim.accumulate,
-            "checkpoint.every_epochs": self.checkpoint.every_epochs,
-            "checkpoint.keep_last": self.checkpoint.keep_last,
-            "checkpoint.every_steps": self.checkpoint.every_steps,
-            "optim.clip_grad": self.optim.clip_grad,
-            "model.image_size": self.model.image_size,
-        }
-        for name, value in positive.items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} = {value}: must be above 0")
-        if not 0 <= self.optim.warmup_epochs < self.epochs:
-            raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be from 0 to below {self.epochs}")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay = {self.ema_decay}: accepted in (0, 1)")
-        if not 0 <= self.data.label_smoothing < 1:
-            raise ValueError(f"data.label_smoothing = {self.data.label_smoothing}: accepted in [0, 1)")
+        for names, accepted, holds in _RANGES:
+            for name in names:
+                value = operator.attrgetter(name)(self)
+                if value is not None and not (math.isfinite(value) and holds(value)):
+                    raise ValueError(f"{name} = {value}: must be {accepted if math.isfinite(value) else 'finite'}")
+        if self.optim.warmup_epochs >= self.epochs:
+            raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below epochs = {self.epochs}")
+        if self.optim.min_lr > self.optim.lr:
+            raise ValueError(f"optim.min_lr = {self.optim.min_lr}: must be at most optim.lr = {self.optim.lr}")
+        if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
+            raise ValueError(f"data.batch_size = {self.data.batch_size}: must be even for mixup and cutmix")
+
+
+_RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
+    (
+        (
+            "epochs",
+            "model.image_size",
+            "model.patch_size",
+            "model.embed_dim",
+            "model.depth",
+            "model.num_heads",
+            "data.batch_size",
+            "optim.lr",
+            "optim.clip_grad",
+            "optim.accumulate",
+            "checkpoint.every_steps",
+            "checkpoint.every_epochs",
+            "checkpoint.keep_last",
+        ),
+        "above 0",
+        lambda value: value > 0,
+    ),
+    (
+        ("data.workers", "data.mixup", "data.cutmix", "optim.min_lr", "optim.weight_decay", "optim.warmup_epochs"),
+        "at least 0",
+        lambda value: value >= 0,
+    ),
+    (
+        ("model.drop_rate", "model.drop_path_rate", "data.label_smoothing"),
+        "in [0, 1)",
+        lambda value: 0 <= value < 1,
+    ),
+    (("ema_decay",), "in (0, 1)", lambda value: 0 < value < 1),
+    (("seed",), "from 0 to below 2^32", lambda value: 0 <= value < 2**32),
+)
+"""Fields, what is accepted in them, and whether a value is; None, where a field takes it, is."""
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -149,11 +179,13 @@ def from_dict(values: dict[str, Any]) -> TrainConfig:
         TypeError: a value of the wrong type.
     """
     _refuse_unknown(values, TrainConfig, "")
-    hooks: dict[type, Callable[[Any], Any]] = {Path: Path, float: _to_float}
+    hooks: dict[type, Callable[[Any], Any]] = {Path: _to_path, float: _to_float, int: _to_int}
     try:
         return dacite.from_dict(TrainConfig, values, dacite.Config(strict=True, cast=[tuple], type_hooks=hooks))
     except dacite.WrongTypeError as error:
-        raise TypeError(f"{error.field_path} = {error.value!r}: must be {error.field_type}") from None
+        kind = error.field_type
+        accepted = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise TypeError(f"{error.field_path} = {error.value!r}: must be {accepted}") from None
 
 
 def load_yaml(path: Path) -> TrainConfig:
@@ -164,7 +196,7 @@ def load_yaml(path: Path) -> TrainConfig:
     """
     try:
         values = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__}, expected a mapping")
@@ -172,8 +204,10 @@ def load_yaml(path: Path) -> TrainConfig:
 
 
 def save_yaml(config: TrainConfig, path: Path) -> None:
-    """Write every value, in the order of the dataclasses."""
-    path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    """Replace ``path`` by every value, in the order of the dataclasses, or leave it as it was."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    part.replace(path)
 
 
 def _plain(value: Any) -> Any:
@@ -186,7 +220,22 @@ def _plain(value: Any) -> Any:
 
 def _to_float(value: Any) -> float:
     # YAML reads 1 as an integer and 1e-3 as a string.
-    return float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else value
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return float(value)
+    raise dacite.WrongTypeError(float, value)
+
+
+def _to_int(value: Any) -> int:
+    if isinstance(value, bool):  # which is an integer to Python
+        raise dacite.WrongTypeError(int, value)
+    return value
+
+
+def _to_path(value: Any) -> Path:
+    if isinstance(value, (str, Path)):
+        return Path(value)
+    raise dacite.WrongTypeError(Path, value)
 
 
 def _refuse_unknown(values: dict[str, Any], kind: type, prefix: str) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from prelora.errors import PreLoRAWarning
 
 
 class Display:
@@ -59,6 +65,19 @@ class Display:
         if event["action"] != "none":
             print(f"  {event['action']}: {_change(event)}", flush=True)
 
+    def end_run(self, phase: str, method: str, output: Path) -> None:
+        """The last line: in which phase the run ended, and what can be done with it."""
+        if not self._enabled:
+            return
+        if phase == "full" and method == "prelora":
+            print(
+                "The convergence test never passed: the run stayed at full rank to the end "
+                "(wider prelora.tau and prelora.zeta, or a prelora.deadline, would switch it)."
+            )
+        if phase == "warmup":
+            print("The run ended within the warm-up: nothing was frozen (fewer prelora.warmup-epochs would).")
+        print(f"Finished. Next: prelora export {output}, prelora report {output}", flush=True)
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
@@ -66,10 +85,27 @@ class Display:
             self._bar = None
 
 
+@contextlib.contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show our own warnings as one line for a user, without the source line that gave them."""
+    original = warnings.formatwarning
+
+    def format_warning(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+        ours = issubclass(category, PreLoRAWarning)
+        return f"prelora: warning: {message}\n" if ours else original(message, category, *where, **line)
+
+    warnings.formatwarning = format_warning
+    try:
+        yield
+    finally:
+        warnings.formatwarning = original
+
+
 def _change(event: dict[str, Any]) -> str:
     ranks = list(event["ranks"].values())
     counts = ", ".join(f"{ranks.count(rank)} × {rank}" for rank in sorted(set(ranks)))
-    share = f"{100 * event['trainable_share']:.2f} % of the parameters train"
+    # Of the base's size: in the warm-up of a small model, base and LoRA together are over 100 %.
+    share = f"trainable {100 * event['trainable_share']:.2f} % of the base model's size"
     released = sum(event["released"].values())
     return f"ranks {counts}; {share}" + (f"; {released / 2**20:,.1f} MiB released" if released else "")
 

@@ -9,7 +9,7 @@ import torch
 from prelora import surgery
 from prelora.controller import parameter_counts
 from prelora.targets import by_group, find_targets
-from prelora.train.build import algorithm, build_config_source, config_flops
+from prelora.train.build import build_config_source, config_flops
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 
@@ -28,7 +28,7 @@ def describe(config: TrainConfig) -> str:
     targets = find_targets(model, None if config.targets == "family" else config.targets)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     batch = config.data.batch_size * config.optim.accumulate * world_size
-    pre = algorithm(config)
+    pre = config.prelora
     groups = ", ".join(f"{group} × {len(members)}" for group, members in by_group(targets).items())
     lines = [
         f"recipe        {config.recipe}",
@@ -40,10 +40,7 @@ def describe(config: TrainConfig) -> str:
         f"steps         {samples // batch:,} an epoch × {config.epochs} epochs, "
         f"LR warm-up {config.optim.warmup_epochs} epochs, cosine to {config.optim.min_lr:g}",
         f"precision     {config.precision}",
-        f"FULL          until every group's norm changes by ≤ {pre.tau} % and the loss by ≤ {pre.zeta} % over "
-        f"{pre.k} windows of {pre.m} epochs: epoch {pre.monitor_from + pre.k * pre.m} at the earliest",
-        f"WARMUP        {pre.warmup_epochs} epochs of base and LoRA together, ranks {pre.r_min} to {pre.r_max}",
-        f"LORA          the rest, frozen: {pre.freeze}",
+        *_phases(config),
         "",
         "uniform   trainable            fp32 weights + gradients + Adam moments    GFLOP an image, and the most",
         "rank      M (of the base)      GiB in FULL → LORA                         that LORA can gain on FULL",
@@ -66,6 +63,27 @@ def describe(config: TrainConfig) -> str:
         )
     lines += ["", "FLOPs and memory are counted, not measured; activations are not in them (LoRA does not free them)."]
     return "\n".join(lines)
+
+
+def _phases(config: TrainConfig) -> list[str]:
+    pre = config.prelora
+    if config.method == "full":
+        return ["FULL          to the end: the baseline never switches"]
+    earliest = pre.monitor_from + pre.k * pre.m
+    while earliest < pre.min_epoch:
+        earliest += pre.m
+    forced = f", epoch {pre.deadline} at the latest" if pre.deadline is not None else ""
+    beyond = (
+        f" (the run ends after epoch {config.epochs})"
+        if min(earliest, pre.deadline or earliest) > config.epochs
+        else ""
+    )
+    return [
+        f"FULL          until every group's norm changes by ≤ {pre.tau} % and the loss by ≤ {pre.zeta} % over "
+        f"{pre.k} windows of {pre.m} epochs: epoch {earliest} at the earliest{forced}{beyond}",
+        f"WARMUP        {pre.warmup_epochs} epochs of base and LoRA together, ranks {pre.r_min} to {pre.r_max}",
+        f"LORA          the rest, frozen: {pre.freeze}",
+    ]
 
 
 def _data_facts(config: TrainConfig) -> tuple[int, int, int, str]:

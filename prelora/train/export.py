@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import prelora
 from prelora import surgery
 from prelora.checkpoint import best, checkpoints, load_checkpoint, newest_valid
-from prelora.errors import CheckpointError
+from prelora.errors import CheckpointError, PreLoRAWarning
 from prelora.targets import Target
 from prelora.train import run_dir
 from prelora.train.config import TrainConfig, from_dict
@@ -44,6 +46,7 @@ def export_merged(
     Raises:
         CheckpointError: no checkpoint, or a damaged one.
         ValueError: there is no EMA, or the merged model's logits differ.
+        OSError: the file cannot be written; there is none then.
     """
     path = checkpoint or _choose(run / run_dir.CHECKPOINTS, use_best)
     tree = load_checkpoint(path)
@@ -57,28 +60,33 @@ def export_merged(
     out = out or run / "export" / f"merged{'_ema' if ema else ''}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(f"{out.name}.part")
-    save_file(
-        {name: tensor.contiguous() for name, tensor in merged.items()},
-        part,
-        metadata=_metadata(config, tree, path, ema),
-    )
-    stock = build_model(config.model, classes=classes, channels=channels)
-    stock.load_state_dict(load_file(part), strict=True)
-    difference = _difference(trained, stock, config.model.image_size, channels)
-    if not difference <= RELATIVE_TOLERANCE:
-        part.unlink()
-        raise ValueError(
-            f"merged logits differ by {difference:.3g} of their scale, over {RELATIVE_TOLERANCE:g}: {path}"
+    try:
+        save_file(
+            {name: tensor.contiguous() for name, tensor in merged.items()},
+            part,
+            metadata=_metadata(config, tree, path, ema),
         )
-    part.rename(out)
+        stock = build_model(config.model, classes=classes, channels=channels)
+        stock.load_state_dict(load_file(part), strict=True)
+        difference = _difference(trained, stock, config.model.image_size, channels)
+        if not difference <= RELATIVE_TOLERANCE:
+            raise ValueError(
+                f"merged logits differ by {difference:.3g} of their scale, over {RELATIVE_TOLERANCE:g}: {path}"
+            )
+        part.rename(out)
+    except SafetensorError as error:  # how safetensors reports a full disk
+        raise OSError(f"cannot write {out}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
     return out, difference
 
 
 def _choose(root: Path, use_best: bool) -> Path:
-    path = best(root) if use_best else newest_valid(root)[0]
+    path, faults = (best(root), []) if use_best else newest_valid(root)
     if path is None:
-        found = len(checkpoints(root))
-        raise CheckpointError(f"no intact checkpoint under {root} ({found} found)")
+        raise CheckpointError(f"no intact checkpoint under {root} ({len(checkpoints(root))} found)")
+    for fault in faults:
+        warnings.warn(f"passed over a damaged checkpoint for {path.name}: {fault}", PreLoRAWarning, stacklevel=3)
     return path
 
 

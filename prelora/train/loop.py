@@ -17,12 +17,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prelora import distributed
 from prelora.analysis.plan import ModelFlops
-from prelora.checkpoint import CheckpointError, checkpoint_path, load_checkpoint, newest_valid, prune, save_checkpoint
+from prelora.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    load_checkpoint,
+    newest_valid,
+    prune,
+    save_checkpoint,
+    set_aside_newer,
+)
 from prelora.controller import Event
 from prelora.data.sampler import train_batches
 from prelora.train import memory, run_dir
 from prelora.train.build import Parts, run_facts
-from prelora.train.config import TrainConfig, to_dict
+from prelora.train.config import TrainConfig, save_yaml, to_dict
 from prelora.train.display import Display
 from prelora.train.evaluate import evaluate
 from prelora.train.model import logits
@@ -82,6 +90,7 @@ class Trainer:
         self._resume()
         log = None
         if self.main:
+            save_yaml(self.config, self.config.output / run_dir.CONFIG)  # not before a resume has accepted it
             run_dir.write_json(self.config.output / run_dir.RUN, run_facts(self.config, self.parts, self.flops))
             log = run_dir.MetricsLog(self.config.output, self.progress.epoch - (self.progress.pending is not None))
         self.display = Display(self.config.epochs, self.parts.steps_per_epoch, enabled=self.main)
@@ -97,6 +106,7 @@ class Trainer:
             self.display.close()
             if log is not None:
                 log.close()
+        self.display.end_run(self.pre.phase, self.config.method, self.config.output)
 
     def _train_epoch(self) -> None:
         """Steps from wherever the epoch stands to its end, then PreLoRA's turn."""
@@ -128,6 +138,7 @@ class Trainer:
                 raise StopRequested(self.stopper.signal or "a signal on another rank")
             if every is not None and progress.step % every == 0:
                 self._save()
+        self.display.close()  # what PreLoRA warns of stands on lines of its own
         self._end_epoch()
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
@@ -256,7 +267,7 @@ class Trainer:
 
     def _save(self, metric: float | None = None) -> None:
         """Write a checkpoint on rank 0; all ranks fail alike."""
-        rng = distributed.gather_json(rng_state())
+        ranks = distributed.gather_json({"rng": rng_state(), "loss_sum": self.progress.loss_sum})
         progress = self.progress
         tree = {
             **self.pre.state_dict(),
@@ -265,7 +276,7 @@ class Trainer:
                 "world_size": distributed.world_size(),
                 "progress": dataclasses.asdict(progress),
                 "scaler": self.scaler.state_dict(),
-                "rng": rng,
+                "ranks": ranks,
             },
         }
         about = {"epoch": progress.epoch, "step": self._global_step(), "phase": self.pre.phase, "metric": metric}
@@ -283,7 +294,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Go on from the newest valid checkpoint, if resuming and there is one."""
-        path, faults = newest_valid(self.checkpoints) if self.config.resume == "auto" else (None, [])
+        path, faults = newest_valid(self.checkpoints) if self.main and self.config.resume == "auto" else (None, [])
         chosen, faults = distributed.broadcast_json([str(path) if path else None, faults])
         if self.main:
             for fault in faults:
@@ -298,8 +309,12 @@ class Trainer:
         self.pre.load_state_dict(tree)
         self.progress = Progress(**saved["progress"])
         self.scaler.load_state_dict(saved["scaler"])
-        set_rng_state(saved["rng"][distributed.rank()])
+        mine = saved["ranks"][distributed.rank()]
+        self.progress.loss_sum = mine["loss_sum"]  # each rank's own: the mean over ranks is taken at the epoch's end
+        set_rng_state(mine["rng"])
         if self.main:
+            for aside in set_aside_newer(self.checkpoints, Path(chosen)):
+                print(f"resume: the damaged checkpoint is kept as {aside}", flush=True)
             where = f"epoch {self.progress.epoch}, step {self.progress.step}, phase {self.pre.phase}"
             print(f"resume: going on from {chosen} ({where})", flush=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from prelora.checkpoint import checkpoints, sweep
-from prelora.train.config import TrainConfig, save_yaml
+from prelora.train.config import TrainConfig
 
 CONFIG, RUN, METRICS, CHECKPOINTS, TENSORBOARD = (
     "config.yaml",
@@ -34,7 +34,6 @@ def claim(config: TrainConfig) -> None:
         raise ValueError(f"output = {folder} already holds a run: give another, or --resume auto to go on with it")
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     sweep(folder / CHECKPOINTS)
-    save_yaml(config, folder / CONFIG)
 
 
 def write_json(path: Path, value: Any) -> None:

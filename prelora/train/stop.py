@@ -26,8 +26,9 @@ class Stopper:
         self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
 
     def _note(self, number: int, _: FrameType | None) -> None:
-        if self.signal is not None:
-            # A second signal means it: the handlers that were there before decide.
+        if self.signal is not None and number == signal.SIGINT:
+            # Ctrl-C after a signal means it: the handlers that were there before decide. A second SIGTERM does not:
+            # Slurm sends one to every process, and torchrun hands its own on.
             self.restore()
             signal.raise_signal(number)
         self.signal = signal.Signals(number).name
