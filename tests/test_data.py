@@ -1,146 +1,342 @@
-"""Order and pixels are functions of (seed, epoch, sample): nothing is lost, doubled or dependent on the split."""
+"""Which images a run sees, and their pixels: functions of (seed, epoch, sample), however the work is split."""
+
+import random
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from prelora.data import build_source
-from prelora.data.sampler import epoch_order, eval_batches, train_batches
+from prelora.data.sampler import epoch_order, eval_batches, sample_rng, train_batches
+
+SAMPLES = 103
+SPLITS = {
+    "1 × 20": (1, 20, 1),
+    "4 × 5": (4, 5, 1),
+    "2 × 10": (2, 10, 1),
+    "2 × 5 × 2": (2, 5, 2),
+    "1 × 4 × 5": (1, 4, 5),
+}
+"""Ranks × batch × accumulated, each 20 samples a step."""
 
 
-def dealt(samples, epoch, batch_size, world_size, count, first=0):
-    """[micro-batch][rank] → indices."""
-    ranks = [
+def dealt(samples, ranks, batch_size, accumulate=1, seed=0, epoch=0, first_step=0):
+    """``[step]`` → the samples of an optimizer step, over all ranks and micro-batches."""
+    count = samples // (ranks * batch_size * accumulate) * accumulate
+    by_rank = [
         list(
             train_batches(
-                samples, 5, epoch, batch_size=batch_size, rank=rank, world_size=world_size, first=first, count=count
+                samples,
+                seed,
+                epoch,
+                batch_size=batch_size,
+                rank=rank,
+                world_size=ranks,
+                first=first_step * accumulate,
+                count=count,
             )
         )
+        for rank in range(ranks)
+    ]
+    steps = range(count // accumulate - first_step)
+    return [
+        np.concatenate([batch for batches in by_rank for batch in batches[step * accumulate : (step + 1) * accumulate]])
+        for step in steps
+    ]
+
+
+sizes = st.tuples(st.integers(1, 400), st.integers(1, 5), st.integers(1, 12), st.integers(1, 4)).filter(
+    lambda sizes: sizes[1] * sizes[2] * sizes[3] <= sizes[0]
+)
+
+
+# The order of training.
+
+
+@given(sizes, st.integers(0, 2**32 - 1), st.integers(0, 1000))
+def test_an_epoch_sees_every_sample_once_but_for_the_tail_that_fills_no_step(sizes, seed, epoch):
+    samples, ranks, batch_size, accumulate = sizes
+
+    seen = np.concatenate(dealt(samples, ranks, batch_size, accumulate, seed, epoch))
+
+    assert len(seen) == samples - samples % (ranks * batch_size * accumulate)
+    assert len(set(seen.tolist())) == len(seen)
+    assert set(seen.tolist()) <= set(range(samples))
+
+
+@pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
+def test_a_step_sees_the_same_samples_however_it_is_split(split):
+    steps = [set(step.tolist()) for step in dealt(SAMPLES, *split)]
+
+    assert steps == [set(epoch_order(SAMPLES, 0, 0)[first : first + 20].tolist()) for first in range(0, 100, 20)]
+
+
+@given(sizes, st.data())
+def test_an_epoch_resumed_at_a_step_goes_on_with_what_it_had_not_seen(sizes, data):
+    samples, ranks, batch_size, accumulate = sizes
+    whole = dealt(samples, ranks, batch_size, accumulate)
+    done = data.draw(st.integers(0, len(whole)))
+
+    rest = dealt(samples, ranks, batch_size, accumulate, first_step=done)
+
+    assert [step.tolist() for step in rest] == [step.tolist() for step in whole[done:]]
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1)])
+def test_another_seed_or_epoch_has_another_order(seed, epoch):
+    assert not np.array_equal(epoch_order(SAMPLES, seed, epoch), epoch_order(SAMPLES, 0, 0))
+
+
+def test_the_order_hangs_on_no_global_random_state():
+    before = epoch_order(SAMPLES, 3, 5)
+    random.seed(1)
+    np.random.seed(1)  # noqa: NPY002 (the global state is the point)
+    torch.manual_seed(1)
+
+    assert np.array_equal(epoch_order(SAMPLES, 3, 5), before)
+
+
+def test_the_order_stays_what_it_was_when_runs_were_saved():
+    """A resumed run of an earlier version must go on in the same order."""
+    assert epoch_order(10, seed=1, epoch=2).tolist() == [1, 4, 5, 0, 7, 6, 8, 2, 3, 9]
+    assert sample_rng(seed=1, epoch=2, index=3).integers(0, 100, size=4).tolist() == [51, 24, 81, 4]
+
+
+def test_every_sample_of_every_epoch_and_seed_draws_numbers_of_its_own():
+    keys = [(seed, epoch, index) for seed in range(3) for epoch in range(4) for index in range(50)]
+
+    draws = {tuple(sample_rng(*key).integers(0, 2**63, size=4).tolist()) for key in keys}
+
+    assert len(draws) == len(keys)
+
+
+# Evaluation.
+
+
+@given(st.integers(1, 300), st.integers(1, 9), st.integers(1, 40))
+def test_no_sample_is_lost_or_counted_twice_in_evaluation(samples, world_size, batch_size):
+    ranks = [
+        list(eval_batches(samples, batch_size=batch_size, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
-    return list(zip(*ranks, strict=True))
+
+    seen = [index for batches in ranks for batch in batches for index in batch.tolist()]
+    assert sorted(seen) == list(range(samples))
+    assert all(0 < len(batch) <= batch_size for batches in ranks for batch in batches)
 
 
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 20), (4, 5), (2, 10), (20, 1)])
-def test_a_step_holds_the_same_samples_however_it_is_split(world_size, batch_size):
-    steps = [np.concatenate(step) for step in dealt(103, 2, batch_size, world_size, count=5)]
-
-    assert np.array_equal(np.concatenate(steps), epoch_order(103, 5, 2)[:100])
+# Digits.
 
 
-@given(st.integers(1, 300), st.integers(0, 5))
-@settings(max_examples=50, deadline=None)
-def test_an_epoch_is_a_permutation(samples, epoch):
-    assert sorted(epoch_order(samples, 0, epoch)) == list(range(samples))
+def digits(image_size=16, seed=0):
+    return build_source("digits", image_size=image_size, seed=seed)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(epoch_order(50, seed, epoch)) for seed in range(3) for epoch in range(3)}
-
-    assert len(orders) == 9
-
-
-@given(st.integers(0, 6))
-@settings(max_examples=10, deadline=None)
-def test_starting_late_skips_and_changes_nothing(first):
-    whole = dealt(103, 1, 7, 2, count=7)
-
-    late = dealt(103, 1, 7, 2, count=7, first=first)
-
-    assert [[b.tolist() for b in step] for step in late] == [[b.tolist() for b in step] for step in whole[first:]]
+def pixels(source, epoch, batch_size, order):
+    """Images and labels of ``order``, loaded in batches."""
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    images, labels = zip(*source.train(batches, epoch), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
-@given(st.integers(1, 100), st.integers(1, 9), st.integers(1, 7))
-@settings(max_examples=50, deadline=None)
-def test_evaluation_sees_every_sample_once(samples, batch_size, world_size):
-    ranks = [
-        eval_batches(samples, batch_size=batch_size, rank=rank, world_size=world_size) for rank in range(world_size)
-    ]
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 100])
+def test_digits_are_bit_identical_whatever_the_batch(batch_size):
+    order = epoch_order(1437, 0, 3)[:100]
 
-    assert sorted(int(i) for batches in ranks for batch in batches for i in batch) == list(range(samples))
+    images, labels = pixels(digits(), 3, batch_size, order)
 
-
-def digits():
-    return build_source("digits", image_size=16, seed=3)
+    expected = pixels(digits(), 3, 100, order)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
 
 
-def test_digits_have_the_same_pixels_in_any_batch():
-    indices = np.arange(40)
-    together, _ = next(digits().train([indices], epoch=2))
-    apart = torch.cat([images for images, _ in digits().train(np.split(indices, 8), epoch=2)])
+@pytest.mark.parametrize("change", ["epoch", "seed"])
+def test_another_epoch_or_seed_shifts_the_digits_anew(change):
+    order = np.arange(50)
 
-    assert torch.equal(together, apart)
+    changed, labels = pixels(digits(seed=change == "seed"), int(change == "epoch"), 50, order)
 
-
-def test_digits_are_augmented_anew_each_epoch_but_not_in_evaluation():
-    source, indices = digits(), [np.arange(40)]
-
-    assert not torch.equal(next(source.train(indices, 0))[0], next(source.train(indices, 1))[0])
-    assert torch.equal(next(source.evaluate(indices))[0], next(source.evaluate(indices))[0])
+    images, same = pixels(digits(), 0, 50, order)
+    assert not torch.equal(changed, images)
+    assert torch.equal(labels, same)
 
 
-def test_digits_lie_in_the_unit_range():
-    images, labels = next(digits().train([np.arange(1000)], 0))
+@pytest.mark.parametrize("image_size", [8, 16, 24])
+def test_digits_are_fp32_in_minus_one_to_one_and_use_the_range(image_size):
+    source = digits(image_size)
 
-    assert images.min() == -1
-    assert 0.9 < images.max() <= 1
-    assert labels.unique().tolist() == list(range(10))
+    images, labels = next(source.evaluate([np.arange(source.eval_samples)]))
+
+    assert images.shape == (source.eval_samples, source.channels, image_size, image_size)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert (images.min().item(), images.max().item()) == (-1.0, 1.0)
 
 
-@pytest.mark.parametrize("size", [4, 12, 0])
-def test_digits_refuse_a_size_that_is_no_multiple_of_8(size):
-    with pytest.raises(ValueError, match=f"image_size = {size}"):
-        build_source("digits", image_size=size, seed=0)
+def test_training_digits_are_the_data_sets_own_shifted_by_at_most_one_pixel():
+    images, _ = pixels(digits(8), 0, 200, np.arange(200))
+    own = torch.from_numpy(load_digits().images).float() / 8 - 1
+    padded = torch.nn.functional.pad(own, (1, 1, 1, 1), value=-1.0)
+    shifted = {
+        padded[:, y : y + 8, x : x + 8][i].numpy().tobytes() for i in range(1797) for y in range(3) for x in range(3)
+    }
+
+    assert [i for i, image in enumerate(images) if image[0].contiguous().numpy().tobytes() not in shifted] == []
+
+
+def test_the_digits_split_is_disjoint_complete_stratified_and_the_same_for_every_seed():
+    source, other = digits(8), digits(8, seed=9)
+
+    held_out, labels = next(source.evaluate([np.arange(source.eval_samples)]))
+
+    assert source.train_samples + source.eval_samples == 1797
+    train_labels = pixels(source, 0, 1437, np.arange(source.train_samples))[1]
+    everything = torch.cat([labels, train_labels])
+    assert torch.equal(everything.bincount(), torch.from_numpy(np.bincount(load_digits().target)))
+    assert (labels.bincount() / everything.bincount() - 0.2).abs().max() < 0.01
+    assert torch.equal(held_out, next(other.evaluate([np.arange(other.eval_samples)]))[0])
+    assert not set(source._train.tolist()) & set(source._eval.tolist())
+
+
+@pytest.mark.parametrize("image_size", [4, 18, 28])
+def test_a_size_that_is_no_multiple_of_8_is_refused(image_size):
+    with pytest.raises(ValueError, match=rf"image_size = {image_size}: .* multiples of 8"):
+        digits(image_size)
+
+
+# Folders of images.
 
 
 @pytest.fixture(scope="module")
-def image_tree(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
+def folder(tmp_path_factory):
+    """Two classes, 6 and 3 images each, of several sizes, one with a palette, one with alpha, one grey."""
+    path = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for split, count in (("train", 6), ("val", 3)):
         for name in ("cat", "dog"):
-            (root / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (40 + i, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
-    return root
+            (path / split / name).mkdir(parents=True)
+            for number in range(count):
+                raw = rng.integers(0, 256, (20 + 7 * number, 45, 3), dtype=np.uint8)
+                mode = ("RGB", "P", "RGBA", "L")[number % 4]
+                Image.fromarray(raw).convert(mode).save(path / split / name / f"{number}.png")
+    return path
 
 
-def folder(root, workers=0):
-    return build_source("folder", path=root, image_size=32, seed=1, workers=workers, rand_augment=(2, 9))
+def images_of(path, workers=0, seed=0, rand_augment=(2, 15)):
+    return build_source("folder", path=path, image_size=16, seed=seed, workers=workers, rand_augment=rand_augment)
 
 
-def test_folder_pixels_do_not_depend_on_workers_or_batches(image_tree):
-    one = torch.cat([images for images, _ in folder(image_tree).train([np.arange(12)], 0)])
-    two = torch.cat([images for images, _ in folder(image_tree, workers=2).train(np.split(np.arange(12), 4), 0)])
+def test_a_folder_gives_classes_and_labels_in_order(folder):
+    source = images_of(folder)
 
-    assert torch.equal(one, two)
+    _, labels = next(source.evaluate([np.arange(6)]))
 
-
-def test_folder_leaves_the_global_random_state_alone(image_tree):
-    before = torch.get_rng_state()
-    list(folder(image_tree).train([np.arange(12)], 0))
-
-    assert torch.equal(torch.get_rng_state(), before)
+    assert (source.classes, source.channels, source.train_samples, source.eval_samples) == (2, 3, 12, 6)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
-def test_folder_changes_its_augmentation_by_epoch(image_tree):
-    source = folder(image_tree)
+@pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
+def test_a_folders_pixels_are_fp32_in_minus_one_to_one(train, folder):
+    source = images_of(folder)
 
-    assert not torch.equal(next(source.train([np.arange(4)], 0))[0], next(source.train([np.arange(4)], 1))[0])
+    images, labels = next(source.train([np.arange(6)], 0) if train else source.evaluate([np.arange(6)]))
+
+    assert (images.shape, images.dtype, labels.dtype) == ((6, 3, 16, 16), torch.float32, torch.int64)
+    assert -1 <= images.min() < -0.5
+    assert 0.5 < images.max() <= 1
+
+
+def test_a_folders_pixels_are_bit_identical_whatever_the_workers_and_the_batch(folder):
+    order = epoch_order(12, 0, 1)
+
+    images, labels = pixels(images_of(folder, workers=2), 1, 5, order)
+
+    expected = pixels(images_of(folder), 1, 12, order)
+    assert torch.equal(images, expected[0])
+    assert torch.equal(labels, expected[1])
+
+
+def test_a_sample_has_the_same_pixels_wherever_it_stands_in_the_epoch(folder):
+    order = np.arange(12)
+
+    forwards = pixels(images_of(folder), 1, 4, order)[0]
+
+    assert torch.equal(pixels(images_of(folder), 1, 4, order[::-1])[0], forwards.flip(0))
+
+
+@pytest.mark.parametrize("change", ["epoch", "seed"])
+def test_another_epoch_or_seed_augments_every_image_of_a_folder_anew(change, folder):
+    order = np.arange(12)
+
+    changed, labels = pixels(images_of(folder, seed=int(change == "seed")), int(change == "epoch"), 12, order)
+
+    images, same = pixels(images_of(folder), 0, 12, order)
+    assert [i for i in range(12) if torch.equal(changed[i], images[i])] == []
+    assert torch.equal(labels, same)
+
+
+def test_rand_augment_changes_pixels(folder):
+    order = np.arange(12)
+
+    assert not torch.equal(
+        pixels(images_of(folder), 0, 12, order)[0], pixels(images_of(folder, rand_augment=None), 0, 12, order)[0]
+    )
+
+
+def test_an_evaluation_crop_is_the_centre_of_the_resized_image(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split / "only").mkdir(parents=True)
+        raw = np.zeros((18, 36, 3), dtype=np.uint8)
+        raw[:, 9:27] = 255
+        Image.fromarray(raw).save(tmp_path / split / "only" / "0.png")
+
+    images, _ = next(images_of(tmp_path).evaluate([np.arange(1)]))
+
+    assert bool((images == 1).all())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_a_folder_moves_no_global_random_state(workers, folder):
+    source = images_of(folder, workers)
+    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
+
+    list(source.train([np.arange(6)], 0))
+    list(source.evaluate([np.arange(6)]))
+
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
+
+
+@pytest.mark.parametrize("missing", ["train", "val"])
+def test_a_folder_without_a_split_is_refused_naming_it(missing, tmp_path):
+    other = {"train": "val", "val": "train"}[missing]
+    (tmp_path / other / "cat").mkdir(parents=True)
+
+    with pytest.raises(ValueError, match=rf"{tmp_path} has no folder '{missing}': expected train/<class>"):
+        images_of(tmp_path)
+
+
+def test_splits_of_other_classes_are_refused_naming_them(folder, tmp_path):
+    for split, name in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("val", "fox")):
+        (tmp_path / split / name).mkdir(parents=True)
+        (tmp_path / split / name / "0.png").write_bytes((folder / "val" / "cat" / "0.png").read_bytes())
+
+    with pytest.raises(ValueError, match="hold different classes: dog, fox"):
+        images_of(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [(None, "needs a path"), ("missing", "has no folder 'train'")], ids=["none", "missing"]
+    ("name", "options", "complaint"),
+    [
+        ("folder", {}, "data 'folder' needs a path"),
+        ("digits", {"path": "here"}, "data 'digits' takes no path, got here"),
+        ("digits", {"rand_augment": (2, 15)}, r"data 'digits' takes no rand_augment, got \(2, 15\)"),
+        ("cifar", {}, "data 'cifar': accepted are digits, folder"),
+    ],
 )
-def test_folder_without_images_is_refused(path, message, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        build_source("folder", path=path and tmp_path / path, image_size=32, seed=0)
-
-
-def test_unknown_source_is_refused():
-    with pytest.raises(ValueError, match="accepted are digits, folder"):
-        build_source("cifar", image_size=32, seed=0)
+def test_an_option_that_is_missing_or_not_wanted_is_refused(name, options, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        build_source(name, image_size=16, seed=0, **options)

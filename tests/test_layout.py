@@ -72,7 +72,7 @@ OURS = {module_name(file) for file in [*PACKAGE, *KERNELS]}
 
 
 def imported_modules(source: str, package: str) -> Iterator[str]:
-    """Absolute names of the modules that ``source``, a module in ``package``, imports anywhere."""
+    """Absolute names of what ``source``, a module in ``package``, imports anywhere; of ours, the modules."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -80,8 +80,8 @@ def imported_modules(source: str, package: str) -> Iterator[str]:
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             origin = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
-                submodule = f"{origin}.{alias.name}"
-                yield submodule if submodule in OURS else origin
+                member = f"{origin}.{alias.name}"
+                yield origin if is_within(origin, "prelora") and member not in OURS else member
         elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
             yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
@@ -123,6 +123,7 @@ def run_from_root(code: str) -> str:
     ("statement", "module"),
     [
         ("import timm.layers as layers", "timm.layers"),
+        ("from nvidia import dali", "nvidia.dali"),
         ("from prelora import ranks", "prelora.ranks"),
         ("from prelora import PreLoRAConfig", "prelora"),
         ("from prelora.ranks import bucket", "prelora.ranks"),

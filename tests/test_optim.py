@@ -124,6 +124,7 @@ def assert_same(left, right):
 def test_surviving_moments_and_step_counts_are_carried_bit_for_bit(build):
     model = net()
     optimizer = build(groups(model))
+    optimizer.defaults["note"] = "an option that the constructor does not know"
     steps(model, optimizer, range(3))
     before = copy.deepcopy(named_state(optimizer, model))
 
