@@ -17,18 +17,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if given[:1] == ["train"]:
-        from prelora.train.__main__ import main as train
-
+        try:
+            from prelora.train.__main__ import main as train
+        except ModuleNotFoundError as error:
+            return _fail_without(error)
         return train(given[1:])
     options = _parser().parse_args(given)
     try:
         return {"export": _export, "report": _report}[options.command](options)
+    except ModuleNotFoundError as error:
+        return _fail_without(error)
     except (ValueError, OSError) as error:
-        print(f"prelora: error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _fail(error, EXIT_BAD_INPUT)
     except CheckpointError as error:
-        print(f"prelora: error: {error}", file=sys.stderr)
-        return EXIT_CHECKPOINT
+        return _fail(error, EXIT_CHECKPOINT)
+
+
+def _fail(error: object, code: int) -> int:
+    print(f"prelora: error: {error}", file=sys.stderr)
+    return code
+
+
+def _fail_without(module: ModuleNotFoundError) -> int:
+    if (module.name or "").startswith("prelora"):
+        raise module
+    return _fail(f"{module}: pip install 'prelora[train,transformers]' brings what the commands use", EXIT_BAD_INPUT)
 
 
 def _parser() -> argparse.ArgumentParser:

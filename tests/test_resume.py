@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import multiprocessing
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from prelora import PreLoRAConfig
-from prelora.checkpoint import checkpoints, load_checkpoint
+from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest
 from prelora.train.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig, save_yaml
 
 STOPPED, KILLED = 75, -9
@@ -63,8 +64,8 @@ def run(config, output, *interruption):
 
 
 def torchrun(config, output, *interruption, options=()):
-    """Train on two gloo ranks; returns torchrun's exit code."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", *options]
+    """Train on gloo ranks; returns torchrun's exit code."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--standalone", *options]
     command = [*launch, interrupt.__file__, *map(str, interruption), "train", *prepare(config, output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     print(done.stdout, done.stderr)
@@ -76,7 +77,8 @@ def outcome(output):
     tree = load_checkpoint(checkpoints(output / "checkpoints")[0])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-    return {"metrics": metrics, **{key: tree[key] for key in ("model", "ema", "optimizer", "phase", "step", "monitor")}}
+    kept = ("model", "ema", "optimizer", "scheduler", "phase", "step", "ranks", "ramp", "monitor")
+    return {"metrics": metrics, "of ranks": tree["train"]["ranks"], **{key: tree[key] for key in kept}}
 
 
 def assert_equal(one, other, where=""):
@@ -108,64 +110,148 @@ def test_the_reference_run_takes_all_three_phases(uninterrupted):
     assert phases == ["full", "full", "warmup", "warmup", "lora", "lora"]
 
 
-# Each chain is one run, interrupted again and again: by this signal, at the n-th call (counted in that process).
+# Each chain is one run, interrupted again and again: by this signal, at the n-th call (counted in that process); last
+# stands the checkpoint that it leaves to go on from.
 CHAINS = {
-    "sigterm within FULL, WARMUP and LORA": [("SIGTERM", "step", 2), ("SIGTERM", "step", 7), ("SIGTERM", "step", 10)],
-    "kill within FULL, WARMUP and LORA": [("SIGKILL", "step", 5), ("SIGKILL", "step", 8), ("SIGKILL", "step", 11)],
-    "sigterm at the switch and the freeze": [("SIGTERM", "surgery", 1), ("SIGTERM", "rebuild", 2)],
-    "kill at the switch and the freeze": [
-        ("SIGKILL", "surgery", 1),
-        ("SIGKILL", "rebuild", 1),
-        ("SIGKILL", "rewrap", 1),
-        ("SIGKILL", "surgery", 2),
-        ("SIGKILL", "rebuild", 2),
+    "sigterm within FULL, WARMUP and LORA": [
+        ("SIGTERM", "step", 2, "3 full"),
+        ("SIGTERM", "step", 7, "11 warmup"),
+        ("SIGTERM", "step", 10, "22 lora"),
     ],
-    "at epoch boundaries": [("SIGTERM", "epoch_end", 1), ("SIGKILL", "epoch_end", 2), ("SIGINT", "epoch_end", 3)],
-    # Logits are called once a micro-batch and once an evaluation batch, so this counts both.
-    "within the evaluation": [("SIGTERM", "evaluation", 2), ("SIGKILL", "evaluation", 6), ("SIGINT", "evaluation", 9)],
-    "between the record and its checkpoint": [
-        ("SIGKILL", "record", 1),
-        ("SIGTERM", "record", 2),
-        ("SIGKILL", "record", 3),
+    "kill within FULL, WARMUP and LORA": [
+        ("SIGKILL", "step", 5, "4 full"),
+        ("SIGKILL", "step", 8, "11 warmup"),
+        ("SIGKILL", "step", 11, "20 lora"),
     ],
-    "in the middle of writing a checkpoint": [
-        ("SIGKILL", "tensors", 2),
-        ("SIGKILL", "manifest", 3),
-        ("SIGKILL", "tensors", 12),
-        ("SIGKILL", "prune", 3),
-        ("SIGTERM", "tensors", 2),
+    "sigterm at the switch and the freeze": [
+        ("SIGTERM", "surgery", 1, "8-evaluating warmup"),
+        ("SIGTERM", "rebuild", 2, "16-evaluating lora"),
+    ],
+    "kill at the switch, the freeze and in resuming": [
+        ("SIGKILL", "surgery", 1, "7 full"),
+        ("SIGKILL", "rebuild", 1, "7 full"),
+        ("SIGKILL", "rewrap", 1, "7 full"),
+        ("SIGKILL", "surgery", 2, "15 warmup"),
+        ("SIGKILL", "rebuild", 2, "15 warmup"),
+        ("SIGKILL", "surgery", 1, "15 warmup"),
+    ],
+    "at epoch boundaries": [
+        ("SIGTERM", "epoch_end", 1, "4-evaluating full"),
+        ("SIGKILL", "epoch_end", 2, "11 warmup"),
+        ("SIGINT", "epoch_end", 3, "20-evaluating lora"),
+    ],
+    # Logits are called once an evaluation batch: 3 for the weights, 3 for their average.
+    "within the evaluation": [
+        ("SIGTERM", "evaluation", 2, "4-evaluating full"),
+        ("SIGKILL", "evaluation", 6, "4-evaluating full"),
+        ("SIGINT", "evaluation", 9, "8-evaluating warmup"),
+    ],
+    "before a record, and between it and its checkpoint": [
+        ("SIGKILL", "record", 1, "3 full"),
+        ("SIGKILL", "checkpoint", 1, "3 full"),
+        ("SIGTERM", "record", 2, "8 warmup"),
+        ("SIGKILL", "record", 3, "19 lora"),
+    ],
+    "in the middle of writing or removing a checkpoint": [
+        ("SIGKILL", "tensors", 2, "nothing"),
+        ("SIGKILL", "manifest", 3, "nothing"),
+        ("SIGKILL", "tensors", 12, "7 full"),
+        ("SIGKILL", "removal", 4, "11 warmup"),
+        ("SIGKILL", "prune", 2, "15 warmup"),
+        ("SIGTERM", "tensors", 2, "16 lora"),
     ],
 }
+
+
+def left(output):
+    """The checkpoint to go on from, as "<step> <phase>"."""
+    path = newest_valid(output / "checkpoints")[0]
+    if path is None:
+        return "nothing"
+    return f"{path.name.removeprefix('step-').lstrip('0')} {read_manifest(path).about['phase']}"
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(chain, uninterrupted, tmp_path):
     output = tmp_path / "run"
-    for interruption in chain:
-        expected = KILLED if interruption[0] == "SIGKILL" else STOPPED
-        assert run(CONFIG, output, *interruption) == expected, interruption
+    for *interruption, expected in chain:
+        code = run(CONFIG, output, *interruption)
+        assert (code, left(output)) == (KILLED if interruption[0] == "SIGKILL" else STOPPED, expected), interruption
 
     assert run(CONFIG, output) == 0
 
     assert_equal(outcome(output), uninterrupted)
 
 
+def test_so_it_does_without_accumulation(tmp_path):
+    whole = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, accumulate=1))
+    run(whole, tmp_path / "uninterrupted")
+
+    for interruption in [("SIGTERM", "step", 3), ("SIGKILL", "rebuild", 1), ("SIGTERM", "step", 20)]:
+        assert run(whole, tmp_path / "run", *interruption) != 0
+    assert run(whole, tmp_path / "run") == 0
+
+    assert_equal(outcome(tmp_path / "run"), outcome(tmp_path / "uninterrupted"))
+
+
+def test_a_second_sigterm_does_not_keep_it_from_writing_its_checkpoint(tmp_path):
+    # Slurm signals every process, and torchrun hands its own on.
+    assert run(CONFIG, tmp_path / "run", "SIGTERM+SIGTERM", "step", 5) == STOPPED
+
+    assert left(tmp_path / "run") == "6 full"
+
+
+def test_a_second_ctrl_c_ends_it_at_once(tmp_path):
+    assert run(CONFIG, tmp_path / "run", "SIGINT+SIGINT", "step", 6) not in (0, STOPPED)
+
+    assert left(tmp_path / "run") == "4 full"
+
+
+def test_past_a_damaged_checkpoint_it_goes_on_from_the_one_before_and_stops_and_goes_on_again(uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    run(CONFIG, output, "SIGTERM", "step", 10)
+    damaged = newest_valid(output / "checkpoints")[0]
+    os.truncate(damaged / "model.safetensors", 1000)
+
+    assert run(CONFIG, output, "SIGTERM", "step", 1) == STOPPED  # while the damaged one would still be the newest
+
+    assert left(output) == "10 warmup"
+    assert f"passed over a damaged checkpoint: checkpoint {damaged}" in output.with_suffix(".log").read_text()
+    assert damaged.with_name(f"{damaged.name}.damaged").is_dir()
+    assert run(CONFIG, output) == 0
+    assert_equal(outcome(output), uninterrupted)
+
+
+def test_a_refused_resume_leaves_the_runs_own_config(tmp_path):
+    output = tmp_path / "run"
+    run(CONFIG, output, "SIGTERM", "step", 2)
+    before = (output / "config.yaml").read_text()
+
+    assert run(dataclasses.replace(CONFIG, seed=1), output) == 4
+
+    assert (output / "config.yaml").read_text() == before
+
+
+# Three ranks: with two, a sum cannot depend on its order.
+RANKS = 3
+ON_RANKS = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=50))
+
+
 @pytest.fixture(scope="module")
 def uninterrupted_ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("ranks") / "run"
-    assert torchrun(TWO_RANKS, output) == 0
+    assert torchrun(ON_RANKS, output) == 0
     return outcome(output)
 
 
-TWO_RANKS = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, batch_size=80))
-
-
-def test_two_ranks_stopped_in_warmup_by_a_signal_to_one_go_on_bit_for_bit(uninterrupted_ranks, tmp_path):
+def test_ranks_stopped_through_one_of_them_or_through_torchrun_go_on_bit_for_bit(uninterrupted_ranks, tmp_path):
     output = tmp_path / "run"
-    assert torchrun(TWO_RANKS, output, "SIGTERM", "step", 10) != 0
-    assert load_checkpoint(checkpoints(output / "checkpoints")[0])["phase"] == "warmup"
 
-    assert torchrun(TWO_RANKS, output) == 0
+    assert torchrun(ON_RANKS, output, "SIGTERM", "step", 10) != 0
+    assert left(output) == "11 warmup"
+    assert torchrun(ON_RANKS, output, "SIGTERM+torchrun:SIGTERM", "step", 8) != 0
+    assert left(output) == "20-evaluating lora"
+    assert torchrun(ON_RANKS, output) == 0
 
     assert_equal(outcome(output), uninterrupted_ranks)
 
@@ -173,7 +259,7 @@ def test_two_ranks_stopped_in_warmup_by_a_signal_to_one_go_on_bit_for_bit(uninte
 def test_torchrun_restarts_a_killed_worker_where_it_stood(uninterrupted_ranks, tmp_path):
     output = tmp_path / "run"
 
-    # The restarted worker counts anew and is past the twentieth step before it gets there again.
-    assert torchrun(TWO_RANKS, output, "SIGKILL", "step", 18, options=["--max-restarts=1"]) == 0
+    # The restarted worker counts anew: 16 steps are done, and it will not come to another eighteenth.
+    assert torchrun(ON_RANKS, output, "SIGKILL", "step", 18, options=["--max-restarts=1"]) == 0
 
     assert_equal(outcome(output), uninterrupted_ranks)

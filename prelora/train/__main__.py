@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # here, for it keeps the process group that it finds as its functions' default for good
 import tyro
 
 from prelora import distributed
@@ -69,10 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if dry_run:
             from prelora.train.dry_run import describe
 
-            print(describe(config))
+            print(describe(config), flush=True)
             return 0
     except BrokenPipeError:  # `| head` has seen enough of the help or the plan
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, TypeError, OSError) as error:
         return _fail(error, EXIT_BAD_INPUT)
@@ -83,6 +84,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def train(config: TrainConfig) -> int:
     """Train ``config`` in this process, which may be one of several started by torchrun; returns the exit code."""
     stopper = Stopper()
+    try:
+        return _run(config, stopper)
+    finally:
+        stopper.restore()
+        if dist.is_initialized():
+            # The trainer, a reference cycle, holds the process group, whose threads must have ended before Python does:
+            # one that lets go of a tensor later aborts the process.
+            gc.collect()
+            dist.destroy_process_group()
+
+
+def _run(config: TrainConfig, stopper: Stopper) -> int:
     try:
         try:
             trainer = _prepare(config, stopper)
@@ -97,10 +110,6 @@ def train(config: TrainConfig) -> int:
         return _fail(error, EXIT_CHECKPOINT)
     except NonFiniteLossError as error:
         return _fail(error, EXIT_NOT_FINITE)
-    finally:
-        stopper.restore()
-        if dist.is_initialized():
-            dist.destroy_process_group()
     return 0
 
 
@@ -123,7 +132,12 @@ def _start(config: TrainConfig) -> torch.device:
     if cuda:
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        store, rank, ranks = next(dist.rendezvous("env://"))
+        # torchrun's store outlives its workers: without a prefix, a restarted worker finds the addresses of dead ones.
+        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, device_id=device if cuda else None
+        )
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -142,7 +142,12 @@ def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Mod
     if distributed.world_size() == 1:
         return wrapped
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(wrapped, device_ids=ids, gradient_as_bucket_view=True)
+    # Gloo sums three and more ranks in an order that depends on the place in the bucket, and DDP sorts its buckets anew
+    # after the first step, also the first one after a resume. Where it looks for unused parameters, it never does.
+    fixed_buckets = config.deterministic and device.type == "cpu" and distributed.world_size() > 2
+    return DistributedDataParallel(
+        wrapped, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=fixed_buckets
+    )
 
 
 def _mixup_and_criterion(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:

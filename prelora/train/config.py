@@ -26,10 +26,11 @@ class ModelConfig:
     """Which model is trained; a size that is None is the model's own."""
 
     library: Literal["timm", "transformers"] = "timm"
-    """timm builds ``name``; transformers builds ViTForImageClassification from the sizes."""
+    """timm builds its model of the name; transformers builds ViTForImageClassification from the sizes."""
     name: str = "vit_tiny_patch16_224"
     """timm's model name."""
     image_size: int = 224
+    """Side in pixels."""
     patch_size: int | None = None
     embed_dim: int | None = None
     depth: int | None = None
@@ -44,12 +45,13 @@ class DataConfig:
 
     name: SourceName = "digits"
     path: Path | None = None
-    """Of ``folder``: a directory with train/<class>/* and val/<class>/*."""
+    """For folder: a directory with train/<class>/* and val/<class>/*."""
     batch_size: int = 64
     """Images per rank and micro-batch."""
     workers: int = 0
+    """For folder: loader processes per rank."""
     rand_augment: tuple[int, int] | None = None
-    """Of ``folder``: operations and magnitude, on torchvision's scale."""
+    """For folder: operations and magnitude, on torchvision's scale."""
     mixup: float = 0.0
     """Beta distribution's parameter; 0: no mixup."""
     cutmix: float = 0.0
@@ -64,9 +66,11 @@ class OptimConfig:
     name: str = "adamw"
     lr: float = 1e-3
     min_lr: float = 0.0
+    """Where the cosine ends."""
     weight_decay: float = 0.05
     """On matrices only; biases, norms and LoRA have none."""
     warmup_epochs: int = 0
+    """Epochs of the learning rate's linear warm-up."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None: not clipped."""
     accumulate: int = 1
@@ -80,7 +84,9 @@ class CheckpointConfig:
     every_steps: int | None = None
     """Also within an epoch, every so many optimizer steps; None: at the end of an epoch only."""
     every_epochs: int = 1
+    """At the end of every so many epochs; of the last, the switch's and the freeze's always."""
     keep_last: int = 2
+    """How many of the newest stay."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +98,7 @@ class TrainConfig:
     output: Path = Path("runs/digits")
     """The run's folder."""
     resume: Literal["never", "auto"] = "never"
-    """auto: go on from the newest valid checkpoint in ``output``, if there is one."""
+    """auto: go on from the output's newest valid checkpoint, if there is one."""
     method: Literal["prelora", "full"] = "prelora"
     """full: the baseline, monitored alike but never switched."""
     epochs: int = 30

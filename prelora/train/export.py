@@ -50,6 +50,8 @@ def export_merged(
     """
     path = checkpoint or _choose(run / run_dir.CHECKPOINTS, use_best)
     tree = load_checkpoint(path)
+    if "train" not in tree:
+        raise CheckpointError(f"checkpoint {path} was not written by prelora's trainer: it holds no config")
     config = from_dict(tree["train"]["config"])
     state = tree["ema"] if ema else tree["model"]
     if state is None:
