@@ -181,6 +181,18 @@ def test_in_the_warm_up_base_and_lora_train_together():
     assert not any(torch.equal(p, before[name]) for name, p in pre.model.named_parameters())
 
 
+@pytest.mark.parametrize("freeze", ["targets", "all"])
+def test_in_every_phase_the_optimizer_holds_exactly_what_trains(freeze):
+    pre = start(fields={"freeze": freeze})
+
+    for phase in ("full", "warmup", "lora"):
+        until(pre, phase)
+        train(pre)
+        trains = {parameter for parameter in pre.model.parameters() if parameter.requires_grad}
+        assert {parameter for group in pre.optimizer.param_groups for parameter in group["params"]} == trains
+        assert set(pre.optimizer.state) == trains
+
+
 def test_freezing_all_leaves_lora_alone_to_train():
     pre = start(fields={"freeze": "all"})
     event = until(pre, "lora")
@@ -333,7 +345,7 @@ def test_there_is_no_merged_state_dict_of_an_average_that_is_not_there():
 
 @pytest.mark.parametrize(
     ("total_steps", "steps", "length"),
-    [(1004, 2, 10), (204, 2, 2), (10**6, 2, 500), (4, 2, 0), (2, 2, 0), (None, 2, 0), (None, 150, 3)],
+    [(1004, 2, 10), (1100, 50, 10), (204, 2, 2), (10**6, 2, 500), (4, 2, 0), (2, 2, 0), (None, 2, 0), (None, 150, 3)],
 )
 def test_lora_alone_is_ramped_over_one_percent_of_the_steps_that_remain(total_steps, steps, length):
     pre = start(total_steps=total_steps, optimizer=lambda p: torch.optim.SGD(p, lr=0.01), fields={"lora_lr_mult": 2.0})

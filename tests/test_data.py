@@ -1,6 +1,7 @@
 """Which images a run sees, and their pixels: functions of (seed, epoch, sample), however the work is split."""
 
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -198,7 +199,7 @@ def test_the_digits_split_is_disjoint_complete_stratified_and_the_same_for_every
     assert torch.equal(everything.bincount(), torch.from_numpy(np.bincount(load_digits().target)))
     assert (labels.bincount() / everything.bincount() - 0.2).abs().max() < 0.01
     assert torch.equal(held_out, next(other.evaluate([np.arange(other.eval_samples)]))[0])
-    assert not set(source._train.tolist()) & set(source._eval.tolist())
+    assert np.array_equal(np.sort(np.concatenate([source._train, source._eval])), np.arange(1797))
 
 
 @pytest.mark.parametrize("image_size", [4, 18, 28])
@@ -284,6 +285,16 @@ def test_rand_augment_changes_pixels(folder):
     assert not torch.equal(
         pixels(images_of(folder), 0, 12, order)[0], pixels(images_of(folder, rand_augment=None), 0, 12, order)[0]
     )
+
+
+def test_images_that_are_alike_are_each_augmented_in_their_own_way(folder, tmp_path):
+    for path in (tmp_path / split / "only" / f"{n}.png" for split in ("train", "val") for n in range(5)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / "train" / "cat" / "0.png", path)
+
+    images, _ = pixels(images_of(tmp_path), 0, 5, np.arange(5))
+
+    assert len(images.unique(dim=0)) == 5
 
 
 def test_an_evaluation_crop_is_the_centre_of_the_resized_image(tmp_path):

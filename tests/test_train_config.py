@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -302,6 +304,17 @@ def test_help_exits_with_0_and_lists_recipes_and_exit_codes(capsys):
     assert [name for name in RECIPE_NAMES if f"{name}: {RECIPES[name].__doc__.splitlines()[0]}" not in text] == []
     for code in ("0 finished", "2 bad input", "3 the loss was not finite", "4 a checkpoint", "75 stopped by SIGTERM"):
         assert code in text
+
+
+@pytest.mark.parametrize("option", ["--help", "--dry-run"])
+def test_a_pager_that_has_seen_enough_is_no_error(option, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prelora.train", option], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path
+    )
+    process.stdout.close()
+
+    error = process.stderr.read().decode()
+    assert (process.wait(), error) == (0, "")
 
 
 # The run keeps what it was.
