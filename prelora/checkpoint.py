@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -160,10 +161,13 @@ def newest_valid(root: Path) -> tuple[Path | None, list[str]]:
     return None, faults
 
 
-def prune(root: Path, keep_last: int) -> list[Path]:
+def prune(root: Path, keep_last: int, verified: Manifest | None = None) -> list[Path]:
     """Remove all but the newest ``keep_last`` checkpoints and the one with the best ``about["metric"]``.
 
     Nothing goes before the newest verifies: call it with ``keep_last`` at least 1.
+
+    Args:
+        verified: what ``save_checkpoint`` just returned; it is not read once more.
 
     Returns:
         What was removed.
@@ -174,7 +178,8 @@ def prune(root: Path, keep_last: int) -> list[Path]:
     found = checkpoints(root)
     if not found or keep_last < 1:
         return []
-    verify_checkpoint(found[0])
+    if verified is None or verified.path != found[0]:
+        verify_checkpoint(found[0])
     kept = {*found[:keep_last], best(root)}
     removed = [path for path in found if path not in kept]
     for path in removed:
@@ -251,8 +256,8 @@ def _split(value: Any, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> Any
     """``value`` with every tensor moved to ``tensors`` and its key left in its place."""
     if isinstance(value, Tensor):
         name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
-        # A clone owns its storage: safetensors refuses tensors that share one.
-        tensors[name] = value.detach().cpu().clone().contiguous()
+        # A copy owns its storage: safetensors refuses tensors that share one.
+        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         return {TENSOR: name}
     if isinstance(value, Mapping):
         return {key: _split(item, (*keys, key), tensors) for key, item in value.items()}

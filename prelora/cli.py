@@ -9,8 +9,7 @@ from pathlib import Path
 
 import prelora
 from prelora.errors import CheckpointError
-
-EXIT_BAD_INPUT, EXIT_CHECKPOINT = 2, 4
+from prelora.exits import EXIT_BAD_INPUT, EXIT_CHECKPOINT, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,20 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         return _fail_without(error)
     except (ValueError, OSError) as error:
-        return _fail(error, EXIT_BAD_INPUT)
+        return fail(error, EXIT_BAD_INPUT)
     except CheckpointError as error:
-        return _fail(error, EXIT_CHECKPOINT)
-
-
-def _fail(error: object, code: int) -> int:
-    print(f"prelora: error: {error}", file=sys.stderr)
-    return code
+        return fail(error, EXIT_CHECKPOINT)
 
 
 def _fail_without(module: ModuleNotFoundError) -> int:
     if (module.name or "").startswith("prelora"):
         raise module
-    return _fail(f"{module}: pip install 'prelora[train,transformers]' brings what the commands use", EXIT_BAD_INPUT)
+    return fail(f"{module}: pip install 'prelora[train,transformers]' brings what the commands use", EXIT_BAD_INPUT)
 
 
 def _parser() -> argparse.ArgumentParser:

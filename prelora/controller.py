@@ -15,15 +15,15 @@ from torch.optim import Optimizer
 from prelora import distributed, monitor, optim, surgery
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
-from prelora.errors import CheckpointError, OptimizerError, PreLoRAWarning
+from prelora.errors import OptimizerError, PreLoRAWarning
 from prelora.monitor import Monitor, Norms
 from prelora.ranks import assign_ranks
-from prelora.targets import Layout, Target, find_targets, target_shape
+from prelora.state import STATE_VERSION, check_state, own_buffers, scheduler_state
+from prelora.targets import Layout, Target, base_parameters, find_targets, target_shape
 
 Phase = Literal["full", "warmup", "lora"]
 Action = Literal["none", "switch", "freeze", "switch+freeze"]
 
-STATE_VERSION = 1
 RAMP_SHARE, RAMP_STEPS = 0.01, 500
 
 
@@ -104,6 +104,7 @@ class PreLoRA:
         self.switch_epoch: int | None = None
         self.ranks: dict[str, int] = {}
         """The plan by target; empty before the switch."""
+        distributed.check_unsharded(self.base_model)
         self.targets = find_targets(self.base_model, targets)
         optim.check_rebuildable(optimizer)
         held = set(optim.parameter_names(optimizer, self.base_model).values())
@@ -202,9 +203,9 @@ class PreLoRA:
             "snapshot": self._snapshot if self.step != self._snapshot_step else None,
             "model": dict(self.base_model.state_dict()),
             "optimizer": optim.named_state(self.optimizer, self.base_model),
-            "scheduler": _plain(self.scheduler.state_dict()) if self.scheduler is not None else None,
+            "scheduler": scheduler_state(self.scheduler) if self.scheduler is not None else None,
             "ema": dict(self._averaged.state_dict()) if self._averaged is not None else None,
-            "ema_buffers": _own_buffers(self.ema),
+            "ema_buffers": own_buffers(self.ema),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -216,7 +217,17 @@ class PreLoRA:
         """
         if self.phase != "full":
             raise RuntimeError(f"load_state_dict in phase {self.phase!r}: load into a freshly built PreLoRA")
-        self._check_state(state)
+        check_state(
+            state,
+            config=self.config,
+            targets=self.targets,
+            model=self.base_model,
+            optimizer=self.optimizer,
+            scheduler=self.scheduler,
+            ema=self.ema,
+        )
+        if self.seed != state["seed"]:
+            warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=2)
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
         if state["phase"] != "full":
             action: Action = "switch" if state["phase"] == "warmup" else "switch+freeze"
@@ -230,7 +241,7 @@ class PreLoRA:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self._averaged is not None:
             self._averaged.load_state_dict(state["ema"])
-            for name, buffer in _own_buffers(self.ema).items():
+            for name, buffer in own_buffers(self.ema).items():
                 buffer.copy_(state["ema_buffers"][name])
         self._take_snapshot()
         if self._snapshot is not None and state["snapshot"] is not None:
@@ -250,9 +261,8 @@ class PreLoRA:
             assert self.switch_epoch is not None
             done = self.epoch - self.switch_epoch
             over = done >= config.warmup_epochs
-            return Verdict(
-                over, f"warm-up epoch {done} of {config.warmup_epochs}", {}, ()
-            ), "freeze" if over else "none"
+            verdict = Verdict(over, f"warm-up epoch {done} of {config.warmup_epochs}", {}, ())
+            return verdict, "freeze" if over else "none"
         if self.phase == "lora":
             return Verdict(False, "training LoRA", {}, ()), "none"
         switch: Action = "switch" if config.warmup_epochs else "switch+freeze"
@@ -278,17 +288,14 @@ class PreLoRA:
             return None
         model = self.base_model
         shapes = {target.name: target_shape(model, target) for target in self.targets}
-        paths = {f"{target.path}.{part}" for target in self.targets for part in ("weight", "bias")}
-        others = sum(
-            p.numel() for name, p in model.named_parameters()
-            if p.requires_grad and name not in paths and self.config.freeze == "targets"
-        )  # fmt: skip
+        base = base_parameters(self.targets)
+        others = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in base]
         return assign_ranks(
             self._monitor.changes(),
             shapes,
             self.config,
             total_parameters=parameter_counts(model)[1],
-            other_trainable=others,
+            other_trainable=sum(others) if self.config.freeze == "targets" else 0,
         )
 
     def _change(self, action: Action, ranks: Mapping[str, int], probe: Any) -> dict[str, int]:
@@ -298,18 +305,15 @@ class PreLoRA:
         dropped: list[str] = []
         released: dict[str, int] = {}
         if action.startswith("switch"):
-            before = _logits(model, probe)
+            before = _probed(model, probe)
             added = self._inject(model, ranks)
-            after = _logits(model, probe)
+            after = _probed(model, probe)
             if before is not None and after is not None and not torch.equal(before, after):
                 raise RuntimeError(f"injection changed the logits by up to {(after - before).abs().max():.3g}")
             remaining = self.total_steps - self.step if self.total_steps is not None else self.step
             self._ramp = optim.LoRARamp(self.step, min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0))))
-            self.switch_epoch, self.ranks, self.phase = (
-                self.epoch,
-                {t.name: ranks[t.name] for t in self.targets},
-                "warmup",
-            )
+            self.switch_epoch, self.phase = self.epoch, "warmup"
+            self.ranks = {target.name: ranks[target.name] for target in self.targets}
         if action.endswith("freeze"):
             dropped = surgery.freeze(model, self.targets, self.config.freeze)
             released = self._released(model, dropped)
@@ -328,17 +332,17 @@ class PreLoRA:
         return released
 
     def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
-        config = self.config
-        added = surgery.inject(
-            model, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
-        )
+        def into(model: nn.Module) -> dict[str, str]:
+            config = self.config
+            return surgery.inject(
+                model, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
+            )
+
         averaged = self._averaged
         if averaged is not None:
-            surgery.inject(
-                averaged, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
-            )
+            into(averaged)
             averaged.requires_grad_(False)
-        return added
+        return into(model)
 
     def _released(self, model: nn.Module, dropped: Sequence[str]) -> dict[str, int]:
         parameters = dict(model.named_parameters())
@@ -365,53 +369,6 @@ class PreLoRA:
             self.optimizer.register_step_post_hook(after),
         ]
 
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        if state.get("version") != STATE_VERSION:
-            raise CheckpointError(
-                f"state of version {state.get('version')}; this prelora reads version {STATE_VERSION}"
-            )
-        current = {target.name: [target.path, target.group, target.rows] for target in self.targets}
-        saved = {Target(**_with_rows(t)).name: [t["path"], t["group"], _with_rows(t)["rows"]] for t in state["targets"]}
-        if current != saved:
-            different = sorted(set(current) ^ set(saved)) or [name for name in current if current[name] != saved[name]]
-            raise CheckpointError(
-                f"the state is of another model or targets: they differ in {', '.join(different[:4])}"
-            )
-        for name, value in dataclasses.asdict(self.config).items():
-            if state["config"].get(name) != value:
-                raise CheckpointError(
-                    f"the state was saved with {name} = {state['config'].get(name)}, the config says {value}: "
-                    f"resume with the config that it was saved with"
-                )
-        mine = {name: tuple(tensor.shape) for name, tensor in self.base_model.state_dict().items()}
-        theirs = {name: tuple(t.shape) for name, t in state["model"].items() if not surgery.is_lora(name)}
-        if mine != theirs:
-            name = next(name for name in [*mine, *theirs] if mine.get(name) != theirs.get(name))
-            raise CheckpointError(
-                f"the state is of another model: {name} is {theirs.get(name)} there and {mine.get(name)} here"
-            )
-        if (self.ema is None) != (state["ema"] is None):
-            raise CheckpointError(f"the state holds {'no' if state['ema'] is None else 'an'} EMA, unlike this run")
-        if (self.scheduler is None) != (state["scheduler"] is None):
-            held = "no" if state["scheduler"] is None else "a"
-            raise CheckpointError(f"the state holds {held} scheduler, unlike this run")
-        if state["optimizer"]["class"] != type(self.optimizer).__name__:
-            raise CheckpointError(
-                f"the state's optimizer is {state['optimizer']['class']}, not {type(self.optimizer).__name__}"
-            )
-        self._check_optimizer_parameters(state)
-        if self.seed != state["seed"]:
-            warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=3)
-
-    def _check_optimizer_parameters(self, state: Mapping[str, Any]) -> None:
-        known = {name for name, _ in self.base_model.named_parameters()}
-        here = known & set(optim.parameter_names(self.optimizer, self.base_model).values())
-        there = known & {name for group in state["optimizer"]["groups"] for name in group["params"]}
-        # Parameters leave at the freeze, and none but LoRA's ever come.
-        different = sorted(there - here if state["phase"] == "lora" else there ^ here)
-        if different:
-            raise CheckpointError(f"the state's optimizer holds other parameters: they differ in {different[:4]}")
-
 
 def parameter_counts(model: nn.Module) -> tuple[int, int]:
     """Parameters that train, and parameters of the model without LoRA."""
@@ -420,35 +377,17 @@ def parameter_counts(model: nn.Module) -> tuple[int, int]:
     return trainable, sum(parameter.numel() for name, parameter in named if not surgery.is_lora(name))
 
 
+def logits(output: Any) -> Tensor:
+    """The logits in what a timm or transformers model returned."""
+    return output if isinstance(output, Tensor) else output.logits
+
+
 @torch.no_grad()
-def _logits(model: nn.Module, probe: Any) -> Tensor | None:
+def _probed(model: nn.Module, probe: Any) -> Tensor | None:
     if probe is None:
         return None
     training = {module: module.training for module in model.modules()}
     output = model.eval()(*(probe if isinstance(probe, tuple) else (probe,)))
     for module, mode in training.items():
         module.training = mode
-    return output if isinstance(output, Tensor) else output.logits
-
-
-def _own_buffers(ema: Any) -> dict[str, Tensor]:
-    """What an average keeps beside its model: torch's ``AveragedModel`` counts its updates in one."""
-    buffers = ema.named_buffers() if isinstance(ema, nn.Module) else ()
-    return {name: buffer for name, buffer in buffers if not name.startswith("module.")}
-
-
-def _plain(value: Any) -> Any:
-    """The part of a scheduler's state that is plain data; the rest is what its constructor was given."""
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if isinstance(k, str) and _is_plain(v)}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    return type(value) in (int, float, bool, str, dict, type(None))
-
-
-def _with_rows(target: Mapping[str, Any]) -> dict[str, Any]:
-    return {**target, "rows": None if target["rows"] is None else tuple(target["rows"])}
+    return logits(output)

@@ -54,10 +54,18 @@ def unwrap(model: nn.Module) -> nn.Module:
     name = type(model).__name__
     if name in ("DataParallel", "FullyShardedDataParallel"):
         raise TypeError(f"{name} is not supported: wrap the model in DistributedDataParallel")
+    return model
+
+
+def check_unsharded(model: nn.Module) -> None:
+    """Refuse a plain model whose parameters are spread over ranks.
+
+    Raises:
+        TypeError: naming the first.
+    """
     sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
     if sharded is not None:
         raise TypeError(f"parameter {sharded!r} is a sharded DTensor (FSDP2); accepted are plain and DDP models")
-    return model
 
 
 def rewrap(model: nn.Module) -> nn.Module:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prelora.config import Freeze
 from prelora.nn import LoRALinear
-from prelora.targets import Target, by_module, target_linear
+from prelora.targets import Target, base_parameters, by_module, target_linear
 
 
 def inject(
@@ -86,11 +86,10 @@ def freeze(model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets
     Raises:
         RuntimeError: a target carries no LoRA, so nothing of it would train.
     """
-    base: set[str] = set()
     for path, slices in by_module(targets).items():
         if not isinstance(target_linear(model, slices[0]), LoRALinear):
             raise RuntimeError(f"{path} carries no LoRA: inject() before freeze()")
-        base |= {f"{path}.weight", f"{path}.bias"}
+    base = base_parameters(targets)
     frozen = []
     for name, parameter in model.named_parameters():
         chosen = name in base if scope == "targets" else not is_lora(name)

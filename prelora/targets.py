@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -162,6 +163,16 @@ def target_shape(model: nn.Module, target: Target) -> LayerShape:
     linear = target_linear(model, target)
     start, stop = target.rows or (0, linear.out_features)
     return LayerShape(linear.in_features, stop - start)
+
+
+def from_dicts(saved: Sequence[Mapping[str, Any]]) -> list[Target]:
+    """The targets that ``dataclasses.asdict`` made dicts of, also after JSON, which knows no tuples."""
+    return [Target(**{**target, "rows": target["rows"] and tuple(target["rows"])}) for target in saved]
+
+
+def base_parameters(targets: Sequence[Target]) -> set[str]:
+    """Qualified names of the targets' weights and biases: what LoRA stands in for once they are frozen."""
+    return {f"{target.path}.{part}" for target in targets for part in ("weight", "bias")}
 
 
 def by_module(targets: Sequence[Target]) -> dict[str, list[Target]]:

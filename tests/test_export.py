@@ -17,10 +17,11 @@ import prelora
 from prelora import PreLoRAWarning, surgery
 from prelora.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from prelora.cli import EXIT_BAD_INPUT, EXIT_CHECKPOINT, main
+from prelora.controller import logits
 from prelora.targets import Target
 from prelora.train import export
 from prelora.train.export import export_merged
-from prelora.train.model import build_model, logits
+from prelora.train.model import build_model
 
 EPOCHS = {"full": 1, "warmup": 3, "lora": 6}
 """Of the phase's checkpoint that is exported."""

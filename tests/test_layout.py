@@ -17,12 +17,13 @@ LAYERS = (
     ("cli", "train", "analysis"),
     ("__init__",),
     ("controller",),
+    ("state",),
     ("surgery", "optim", "distributed", "monitor", "targets", "checkpoint"),
     ("nn",),
     ("ops",),
     ("kernels",),
     ("convergence", "ranks", "data"),
-    ("config", "errors"),
+    ("config", "errors", "exits", "files"),
 )
 
 # These import nothing else: the algorithm is arithmetic on numbers, without torch.

@@ -69,7 +69,7 @@ def test_the_saved_yaml_holds_every_value_of_every_part(tmp_path):
 def test_a_yaml_that_cannot_be_written_leaves_the_former_one(tmp_path, monkeypatch):
     save_yaml(TrainConfig(), tmp_path / "config.yaml")
 
-    def cut_off(path, text):
+    def cut_off(path, text, **_):
         with path.open("w") as file:
             file.write(text[:10])
         raise OSError(28, "No space left on device")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from prelora.analysis import sections
 from prelora.analysis.gallery import figure_section
 from prelora.analysis.markup import Html, page, paragraph, to_html
 from prelora.analysis.records import Run, load_run
+from prelora.files import replace_text
 
 
 def write_report(run_dir: Path, out: Path | None = None) -> Path:
@@ -23,12 +23,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
     out = run_dir / "report.html" if out is None else out
     text = render(load_run(run_dir))
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_text(out, text)
     return out
 
 

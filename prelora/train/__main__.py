@@ -17,6 +17,7 @@ import tyro
 
 from prelora import distributed
 from prelora.errors import CheckpointError, OptimizerError
+from prelora.exits import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_CODES, EXIT_NOT_FINITE, EXIT_STOPPED, fail
 from prelora.train import run_dir
 from prelora.train.build import build_parts
 from prelora.train.config import TrainConfig, load_yaml
@@ -24,13 +25,6 @@ from prelora.train.display import plain_warnings
 from prelora.train.loop import NonFiniteLossError, Trainer
 from prelora.train.recipes import RECIPES
 from prelora.train.stop import Stopper, StopRequested
-
-EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_CHECKPOINT, EXIT_STOPPED = 2, 3, 4, 75
-EXIT_CODES = (
-    "Exit codes: 0 finished; 2 bad input; 3 the loss was not finite; "
-    "4 a checkpoint or the run's folder could not be written or read; "
-    "75 stopped by SIGTERM or SIGINT after writing a checkpoint (run again with --resume auto to go on)."
-)
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
@@ -76,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough of the help or the plan
         return 0
     except (ValueError, TypeError, OSError) as error:
-        return _fail(error, EXIT_BAD_INPUT)
+        return fail(error, EXIT_BAD_INPUT)
     with plain_warnings():
         return train(config)
 
@@ -100,16 +94,16 @@ def _run(config: TrainConfig, stopper: Stopper) -> int:
         try:
             trainer = _prepare(config, stopper)
         except (ValueError, OptimizerError, OSError) as error:
-            return _fail(error, EXIT_BAD_INPUT)
+            return fail(error, EXIT_BAD_INPUT)
         trainer.run()
     except StopRequested as stop:
         if distributed.rank() == 0:
             print(f"stopped by {stop}; go on with --resume auto", flush=True)
         return EXIT_STOPPED
     except (CheckpointError, OSError) as error:
-        return _fail(error, EXIT_CHECKPOINT)
+        return fail(error, EXIT_CHECKPOINT)
     except NonFiniteLossError as error:
-        return _fail(error, EXIT_NOT_FINITE)
+        return fail(error, EXIT_NOT_FINITE)
     return 0
 
 
@@ -142,11 +136,6 @@ def _start(config: TrainConfig) -> torch.device:
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return device
-
-
-def _fail(error: Exception, code: int) -> int:
-    print(f"prelora: error: {error}", file=sys.stderr, flush=True)
-    return code
 
 
 if __name__ == "__main__":

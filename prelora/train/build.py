@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +15,17 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prelora
 from prelora import distributed
-from prelora.analysis.plan import ModelFlops, count_model
+from prelora.analysis.plan import Execution, ModelFlops, count_model
 from prelora.config import PreLoRAConfig
 from prelora.controller import PreLoRA, parameter_counts
 from prelora.data import Source, build_source
-from prelora.targets import find_targets, target_shape
+from prelora.targets import Target, find_targets, target_shape
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 from prelora.train.rng import seed_all
+
+EXECUTION: Execution = "two_path"
+"""How LoRALinear computes today: the low-rank path beside the base's."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         raise ValueError(f"the global batch of {global_batch} is larger than the {source.train_samples} images")
     seed_all(config.seed)
     model = build_model(config.model, classes=source.classes, channels=source.channels).to(device)
-    flops = config_flops(config, model, source.channels)
+    targets = config_targets(config, model)
+    flops = config_flops(config, model, targets, source.channels)
     optimizer = create_optimizer_v2(
         model, opt=config.optim.name, lr=config.optim.lr, weight_decay=config.optim.weight_decay
     )
@@ -71,7 +75,7 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         _wrap(model, config, device),
         optimizer,
         algorithm(config),
-        targets=None if config.targets == "family" else config.targets,
+        targets=targets,
         scheduler=scheduler,
         ema=ema,
         total_steps=config.epochs * steps,
@@ -100,9 +104,13 @@ def algorithm(config: TrainConfig) -> PreLoRAConfig:
     return dataclasses.replace(config.prelora, min_epoch=config.epochs + 1, deadline=None)
 
 
-def config_flops(config: TrainConfig, model: nn.Module, channels: int) -> ModelFlops:
+def config_targets(config: TrainConfig, model: nn.Module) -> tuple[Target, ...]:
+    """The model's targets, in the configured groups."""
+    return find_targets(model, None if config.targets == "family" else config.targets)
+
+
+def config_flops(config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int) -> ModelFlops:
     """FLOPs per image, counted on the meta device."""
-    targets = find_targets(model, None if config.targets == "family" else config.targets)
     image = torch.empty(1, channels, config.model.image_size, config.model.image_size, device="meta")
     return count_model(model, targets, image, freeze=config.prelora.freeze)
 

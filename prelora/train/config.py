@@ -17,6 +17,7 @@ import yaml
 
 from prelora.config import PreLoRAConfig
 from prelora.data.source import SourceName
+from prelora.files import replace_text
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -211,9 +212,7 @@ def load_yaml(path: Path) -> TrainConfig:
 
 def save_yaml(config: TrainConfig, path: Path) -> None:
     """Replace ``path`` by every value, in the order of the dataclasses, or leave it as it was."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-    part.replace(path)
+    replace_text(path, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def _plain(value: Any) -> Any:

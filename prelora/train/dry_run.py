@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 
 import torch
 
 from prelora import surgery
 from prelora.controller import parameter_counts
-from prelora.targets import by_group, find_targets
-from prelora.train.build import build_config_source, config_flops
+from prelora.targets import by_group
+from prelora.train.build import EXECUTION, build_config_source, config_flops, config_targets
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 
@@ -25,7 +26,7 @@ def describe(config: TrainConfig) -> str:
     samples, classes, channels, where = _data_facts(config)
     with torch.device("meta"):
         model = build_model(config.model, classes=classes, channels=channels)
-    targets = find_targets(model, None if config.targets == "family" else config.targets)
+    targets = config_targets(config, model)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     batch = config.data.batch_size * config.optim.accumulate * world_size
     pre = config.prelora
@@ -45,17 +46,16 @@ def describe(config: TrainConfig) -> str:
         "uniform   trainable            fp32 weights + gradients + Adam moments    GFLOP an image, and the most",
         "rank      M (of the base)      GiB in FULL → LORA                         that LORA can gain on FULL",
     ]
-    flops = config_flops(config, model, channels)
+    flops = config_flops(config, model, targets, channels)
     total = parameter_counts(model)[1]
     ranks = sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max})
     for rank in ranks:
-        with torch.device("meta"):
-            adapted = build_model(config.model, classes=classes, channels=channels)
+        adapted = copy.deepcopy(model)
         surgery.inject(adapted, targets, {target.name: rank for target in targets})
         surgery.freeze(adapted, targets, pre.freeze)
         trainable = parameter_counts(adapted)[0]
         held = sum(parameter.numel() for parameter in adapted.parameters())
-        phases = flops.phases({target.name: rank for target in targets}, "two_path")
+        phases = flops.phases({target.name: rank for target in targets}, EXECUTION)
         lines.append(
             f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     "
             f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable)):5.2f}"

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from prelora import distributed
+from prelora.controller import logits
 from prelora.data import Source
 from prelora.data.sampler import eval_batches
-from prelora.train.model import logits
 
 
 @torch.no_grad()

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import prelora
 from prelora import surgery
 from prelora.checkpoint import best, checkpoints, load_checkpoint, newest_valid
+from prelora.controller import logits
 from prelora.errors import CheckpointError, PreLoRAWarning
-from prelora.targets import Target
+from prelora.targets import from_dicts
 from prelora.train import run_dir
 from prelora.train.config import TrainConfig, from_dict
-from prelora.train.model import build_model, logits
+from prelora.train.model import build_model
 
 PROBE_IMAGES = 4
 # fp32 W + s·B·A in one matrix against two paths: about 1e-6 of the logits' scale at these depths.
@@ -105,8 +106,7 @@ def _trained(
     """The run's model as it was trained: base and LoRA apart."""
     model = build_model(config.model, classes=classes, channels=channels)
     if tree["ranks"]:
-        targets = [Target(**{**t, "rows": t["rows"] and tuple(t["rows"])}) for t in tree["targets"]]
-        surgery.inject(model, targets, tree["ranks"], alpha=tree["config"]["alpha"])
+        surgery.inject(model, from_dicts(tree["targets"]), tree["ranks"], alpha=tree["config"]["alpha"])
     model.load_state_dict(state, strict=True)
     return model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -26,14 +27,13 @@ from prelora.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from prelora.controller import Event
+from prelora.controller import Event, logits, parameter_counts
 from prelora.data.sampler import train_batches
 from prelora.train import memory, run_dir
-from prelora.train.build import Parts, run_facts
+from prelora.train.build import EXECUTION, Parts, run_facts
 from prelora.train.config import TrainConfig, save_yaml, to_dict
 from prelora.train.display import Display
 from prelora.train.evaluate import evaluate
-from prelora.train.model import logits
 from prelora.train.rng import rng_state, seed_all, set_rng_state
 from prelora.train.stop import Stopper, StopRequested
 
@@ -190,10 +190,11 @@ class Trainer:
         """Let PreLoRA look at the epoch, and turn the progress into its record."""
         progress, pre, phase = self.progress, self.pre, self.pre.phase
         trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
-        trainable = sum(p.numel() for p in pre.base_model.parameters() if p.requires_grad)
+        trainable, _ = parameter_counts(pre.base_model)
         lr = pre.optimizer.param_groups[0]["lr"]
         peak = memory.peak_bytes(self.parts.device)
-        event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=self._probe())
+        probe = self._probe if phase == "full" else None
+        event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=probe)
         progress.pending = {
             "epoch": progress.epoch + 1,
             "step": (progress.epoch + 1) * self.parts.steps_per_epoch,
@@ -217,8 +218,7 @@ class Trainer:
 
     def _event(self, event: Event) -> dict[str, Any]:
         names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
-        # Today's LoRALinear computes the low-rank path beside the base's.
-        flops = self.flops.phases(event.ranks, "two_path").as_dict() if event.ranks else None
+        flops = self.flops.phases(event.ranks, EXECUTION).as_dict() if event.ranks else None
         return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
 
     def _finish_epoch(self, log: run_dir.MetricsLog | None) -> None:
@@ -247,8 +247,9 @@ class Trainer:
             between=self.stopper.check,
         )
 
+    @functools.cached_property
     def _probe(self) -> Tensor:
-        """A few real images, on which the switch is held to leave the logits as they are."""
+        """A few real images, on which the switch is held to leave the logits as they are; loaded once."""
         indices = torch.arange(min(PROBE_IMAGES, self.parts.source.eval_samples)).numpy()
         images, _ = next(self.parts.source.evaluate([indices]))
         return images.to(self.parts.device)
@@ -284,8 +285,8 @@ class Trainer:
         if self.main:
             try:
                 path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
-                save_checkpoint(path, tree, about)
-                prune(self.checkpoints, self.config.checkpoint.keep_last)
+                verified = save_checkpoint(path, tree, about)
+                prune(self.checkpoints, self.config.checkpoint.keep_last, verified)
             except CheckpointError as error:
                 failure = str(error)
         failure = distributed.broadcast_json(failure)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from prelora.train.config import ModelConfig
 
@@ -77,8 +76,3 @@ def _check_patches(image_size: int, patches: tuple[int, int] | None) -> None:
     """Patches that do not cover the image would leave out its edge without a word."""
     if patches is not None and any(image_size % side for side in patches):
         raise ValueError(f"model.image_size = {image_size}: must be a multiple of the patch size {patches[0]}")
-
-
-def logits(output: Any) -> Tensor:
-    """The logits in what a timm or transformers model returned."""
-    return output if isinstance(output, torch.Tensor) else output.logits

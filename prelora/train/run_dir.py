@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from prelora.checkpoint import checkpoints, sweep
+from prelora.files import replace_text
 from prelora.train.config import TrainConfig
 
 CONFIG, RUN, METRICS, CHECKPOINTS, TENSORBOARD = (
@@ -38,9 +39,7 @@ def claim(config: TrainConfig) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace ``path`` by complete JSON, or leave it as it was; what is not finite becomes null."""
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(_finite(value), indent=1))
-    part.rename(path)
+    replace_text(path, json.dumps(_finite(value), indent=1))
 
 
 class MetricsLog:
@@ -50,9 +49,7 @@ class MetricsLog:
         """Args: folder: the run's; epochs: lines to keep of what stands there, the rest is of a lost future."""
         self._path = folder / METRICS
         lines = self._path.read_text().splitlines(keepends=True)[:epochs] if self._path.exists() else []
-        part = self._path.with_suffix(".part")
-        part.write_text("".join(lines))
-        part.rename(self._path)
+        replace_text(self._path, "".join(lines))
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=epochs + 1)
 
     def write(self, record: dict[str, Any]) -> None:

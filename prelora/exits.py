@@ -1,0 +1,16 @@
+"""How the commands end: their exit codes, one meaning each, and the one line that says why."""
+
+import sys
+
+EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_CHECKPOINT, EXIT_STOPPED = 2, 3, 4, 75
+EXIT_CODES = (
+    "Exit codes: 0 finished; 2 bad input; 3 the loss was not finite; "
+    "4 a checkpoint or the run's folder could not be written or read; "
+    "75 stopped by SIGTERM or SIGINT after writing a checkpoint (run again with --resume auto to go on)."
+)
+
+
+def fail(error: object, code: int) -> int:
+    """Say ``error`` on stderr; returns ``code``."""
+    print(f"prelora: error: {error}", file=sys.stderr, flush=True)
+    return code
