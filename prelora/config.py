@@ -11,6 +11,7 @@ Freeze = Literal["targets", "all"]
 Aggregate = Literal["mean", "mean_abs"]
 Window = Literal["mean", "last"]
 Normalize = Literal["minmax", "quantile"]
+Execution = Literal["auto", "merged", "two_path"]
 
 PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
 
@@ -65,6 +66,10 @@ class PreLoRAConfig:
     """Dropout on the adapters' input, in [0, 1)."""
     lora_lr_mult: float = 1.0
     """LoRA's learning rate over that of the weight it adapts."""
+    train_lora_a: bool = True
+    """Whether A trains on after the freeze; without it (LoRA-FA), layers keep no input activations."""
+    execution: Execution = "auto"
+    """How LoRA is computed: merged into the weight, as a second path, or per layer as costs less."""
     log_updates: bool = True
     """Log each epoch's relative update norm, at the price of a copy of the targets' weights."""
 
@@ -95,6 +100,14 @@ class PreLoRAConfig:
         _check_number("lora_dropout", self.lora_dropout, "in [0, 1)")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout = {self.lora_dropout}: accepted in [0, 1)")
+        for name in ("train_lora_a", "log_updates"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} = {getattr(self, name)!r}: accepted are True, False")
+        if self.execution == "merged" and self.lora_dropout > 0:
+            raise ValueError(
+                f"execution = 'merged' with lora_dropout = {self.lora_dropout}: dropout gives the low-rank path an "
+                f"input of its own, accepted are 'auto' and 'two_path'"
+            )
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
@@ -117,6 +130,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
+    "execution": get_args(Execution),
 }
 
 

@@ -17,9 +17,12 @@ from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
 from prelora.monitor import Monitor, Norms
+from prelora.nn import LoRALinear
+from prelora.nn.deferred_grads import defer_lora_grads, lora_grads_from_weights, lora_grads_pending
+from prelora.nn.execution import Choice
 from prelora.ranks import assign_ranks
 from prelora.state import STATE_VERSION, check_state, own_buffers, scheduler_state
-from prelora.targets import Layout, Target, base_parameters, find_targets, target_shape
+from prelora.targets import Layout, Target, base_parameters, find_targets, target_linear, target_shape
 
 Phase = Literal["full", "warmup", "lora"]
 Action = Literal["none", "switch", "freeze", "switch+freeze"]
@@ -71,6 +74,8 @@ class PreLoRA:
         total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
             switch, at most 500; None: 1 % of the steps done.
         seed: from which A is drawn.
+        defer_lora_grads: in the warm-up, make A's and B's gradients from those of the weights once per optimizer
+            step, instead of in every backward; then call ``finish_gradients`` before gradients are clipped.
 
     Raises:
         TargetError, OptimizerError, TypeError, ValueError: the model, the optimizer, its scheduler, the wrapper or
@@ -88,6 +93,7 @@ class PreLoRA:
         ema: Any = None,
         total_steps: int | None = None,
         seed: int = 0,
+        defer_lora_grads: bool = False,
     ) -> None:
         self.config = config or PreLoRAConfig()
         self.model = model
@@ -96,6 +102,7 @@ class PreLoRA:
         self.ema = ema
         self.total_steps = total_steps
         self.seed = seed
+        self.defer_lora_grads = defer_lora_grads
         self.phase: Phase = "full"
         self.epoch = 0
         """Epochs finished."""
@@ -118,6 +125,7 @@ class PreLoRA:
         self._monitor = Monitor(self.targets, self.config)
         self._ramp = optim.LoRARamp(0, 0)
         self._hooks: list[Any] = []
+        self._finished_step = -1
         self._watch_steps()
         self._snapshot: dict[str, Tensor] | None = None
         self._snapshot_step = 0
@@ -173,6 +181,26 @@ class PreLoRA:
             trainable_share=trainable / total,
             released=released,
         )
+
+    def finish_gradients(self) -> None:
+        """Make the gradients that ``defer_lora_grads`` put off; after backward and before unscaling or clipping.
+
+        ``optimizer.step`` does so itself where it was not called, and outside of the warm-up there is nothing to do.
+        """
+        lora_grads_from_weights(self.base_model)
+        self._finished_step = self.step
+
+    def explain(self) -> dict[str, Choice]:
+        """How each target's module computed its last input, and why, by path; empty before the switch.
+
+        Under ``torch.compile``, which records nothing, and before the first input, nothing is listed either.
+        """
+        layers = {target.path: target_linear(self.base_model, target) for target in self.targets}
+        return {
+            path: layer.last_plan
+            for path, layer in layers.items()
+            if isinstance(layer, LoRALinear) and layer.last_plan is not None
+        }
 
     def merged_state_dict(self, ema: bool = False) -> dict[str, Tensor]:
         """State dict of the plain timm or transformers model, of the weights or of their average.
@@ -315,7 +343,7 @@ class PreLoRA:
             self.switch_epoch, self.phase = self.epoch, "warmup"
             self.ranks = {target.name: ranks[target.name] for target in self.targets}
         if action.endswith("freeze"):
-            dropped = surgery.freeze(model, self.targets, self.config.freeze)
+            dropped = surgery.freeze(model, self.targets, self.config.freeze, train_lora_a=self.config.train_lora_a)
             released = self._released(model, dropped)
             self.phase = "lora"
         for hook in self._hooks:
@@ -328,14 +356,23 @@ class PreLoRA:
         self._watch_steps()
         # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
-        self.model = distributed.rewrap(self.model)
+        adapters = [name for name, _ in model.named_parameters() if surgery.is_lora(name)]
+        deferred = self.defer_lora_grads and self.phase == "warmup"
+        defer_lora_grads(model, deferred)
+        self.model = distributed.rewrap(self.model, **{"unreduced" if deferred else "reduced": adapters})
         return released
 
     def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
         def into(model: nn.Module) -> dict[str, str]:
             config = self.config
             return surgery.inject(
-                model, self.targets, ranks, alpha=config.alpha, dropout=config.lora_dropout, seed=self.seed
+                model,
+                self.targets,
+                ranks,
+                alpha=config.alpha,
+                dropout=config.lora_dropout,
+                execution=config.execution,
+                seed=self.seed,
             )
 
         averaged = self._averaged
@@ -358,6 +395,8 @@ class PreLoRA:
 
     def _watch_steps(self) -> None:
         def before(optimizer: Optimizer, *_: Any) -> None:
+            if self._finished_step != self.step or lora_grads_pending(self.base_model):
+                self.finish_gradients()
             self._ramp.before(optimizer, self.step)
 
         def after(optimizer: Optimizer, *_: Any) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from collections.abc import Collection
 from typing import Any, NoReturn
 
 import torch
@@ -68,24 +69,29 @@ def check_unsharded(model: nn.Module) -> None:
         raise TypeError(f"parameter {sharded!r} is a sharded DTensor (FSDP2); accepted are plain and DDP models")
 
 
-def rewrap(model: nn.Module) -> nn.Module:
+def rewrap(model: nn.Module, *, unreduced: Collection[str] = (), reduced: Collection[str] = ()) -> nn.Module:
     """The same wrappers built anew around the plain model inside, after surgery on it; on all ranks together.
 
-    Old DDP wrappers are retired: calling one raises. Compiled code is dropped, so the next call compiles again.
+    From now on DDP leaves the parameters named in ``unreduced`` alone, and no longer those in ``reduced``. Old DDP
+    wrappers are retired: calling one raises. Compiled code is dropped, so the next call compiles again.
     """
     if any(_compiled(m) is not None or m._compiled_call_impl is not None for m in model.modules()):
         torch._dynamo.reset()
-    return _rewrap(model)
+    return _rewrap(model, set(unreduced), set(reduced))
 
 
-def _rewrap(model: nn.Module) -> nn.Module:
+def _rewrap(model: nn.Module, unreduced: set[str], reduced: set[str]) -> nn.Module:
     compiled = _compiled(model)
     if compiled is not None:
-        inner = _rewrap(compiled)
+        inner = _rewrap(compiled, unreduced, reduced)
         return model if inner is compiled else type(model)(inner, model.dynamo_ctx)
     if not isinstance(model, DistributedDataParallel):
         return model
-    wrapped = DistributedDataParallel(_rewrap(model.module), **_ddp_options(model))
+    inner = _rewrap(model.module, unreduced, reduced)
+    prefix = "_orig_mod." if _compiled(inner) is not None else ""
+    ignored = model.parameters_to_ignore | {prefix + name for name in unreduced}
+    inner._ddp_params_and_buffers_to_ignore = sorted(ignored - {prefix + name for name in reduced})  # type: ignore[assignment]
+    wrapped = DistributedDataParallel(inner, **_ddp_options(model))
     for hook, state in model._comm_hooks:
         wrapped.register_comm_hook(state, hook)
     wrapped.training = model.training

@@ -15,3 +15,7 @@ class OptimizerError(TypeError):
 
 class CheckpointError(RuntimeError):
     """A checkpoint is incomplete, damaged, or of another model, config or version."""
+
+
+class ProviderError(RuntimeError):
+    """The provider asked for cannot serve an operator; the message says why."""

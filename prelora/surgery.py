@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prelora.config import Freeze
+from prelora.config import Execution, Freeze
 from prelora.nn import LoRALinear
+from prelora.nn.merge_once import group_merges, ungroup_merges
 from prelora.targets import Target, base_parameters, by_module, target_linear
 
 
@@ -23,6 +24,7 @@ def inject(
     *,
     alpha: float | None = None,
     dropout: float = 0.0,
+    execution: Execution = "auto",
     seed: int = 0,
 ) -> dict[str, str]:
     """Turn every target's Linear into a ``LoRALinear`` of its planned rank; the model's function is unchanged.
@@ -51,12 +53,14 @@ def inject(
             alpha=alpha,
             rows=[stop - start for start, stop in (target.rows or (0, linear.out_features) for target in slices)],
             dropout=dropout,
+            execution=execution,
             generator=torch.Generator().manual_seed(_stream(seed, path)),
         )
         _replace(model, path, layer)
         added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
         if layer.weight is not linear.weight or not (layer.lora_B.is_meta or bool((layer.lora_B == 0).all())):
             raise RuntimeError(f"{path}: injection changed the function")
+    group_merges(model)
     realised = realised_ranks(model, targets)
     if realised != dict(ranks):
         wrong = next(name for name in ranks if realised.get(name) != ranks[name])
@@ -77,8 +81,13 @@ def realised_ranks(model: nn.Module, targets: Sequence[Target]) -> dict[str, int
     return {target.name: ranks[target.name] for target in targets if target.name in ranks}
 
 
-def freeze(model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets") -> list[str]:
+def freeze(
+    model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets", *, train_lora_a: bool = True
+) -> list[str]:
     """Freeze the targets' weights and biases, or (``scope="all"``) everything but LoRA.
+
+    Args:
+        train_lora_a: False freezes every A as well (LoRA-FA).
 
     Returns:
         Names of the parameters that trained until now and do not any more.
@@ -93,6 +102,7 @@ def freeze(model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets
     frozen = []
     for name, parameter in model.named_parameters():
         chosen = name in base if scope == "targets" else not is_lora(name)
+        chosen |= not train_lora_a and name.rpartition(".")[2] == "lora_A"
         if chosen and parameter.requires_grad:
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -122,6 +132,7 @@ def strip(model: nn.Module) -> list[str]:
         layer = model.get_submodule(path)
         assert isinstance(layer, LoRALinear)
         _replace(model, path, layer.to_linear())
+    ungroup_merges(model)
     return paths
 
 

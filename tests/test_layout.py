@@ -14,14 +14,14 @@ import pytest
 
 # A module imports from its own row and from the rows below it, never from one above. "__init__" is `import prelora`.
 LAYERS = (
-    ("cli", "train", "analysis"),
+    ("cli", "train", "analysis", "info"),
     ("__init__",),
     ("controller",),
     ("state",),
     ("surgery", "optim", "distributed", "monitor", "targets", "checkpoint"),
     ("nn",),
     ("ops",),
-    ("kernels",),
+    ("kernels", "registry"),
     ("convergence", "ranks", "data"),
     ("config", "errors", "exits", "files"),
 )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelora.ops.lora_linear import lora_delta, lora_linear
+from prelora.config import Execution
+from prelora.nn.execution import Choice, Work, choose_execution
+from prelora.nn.shared_weight import SharedWeight
+from prelora.ops import lora_linear, lora_merge, lora_two_path
+from prelora.ops.slices import lora_delta
 
+SHARED = Choice("merged", "merged once for several forwards")
 HOOK_TABLES = tuple(name for name in vars(nn.Identity()) if "hook" in name)
 
 
@@ -28,12 +33,19 @@ class LoRALinear(nn.Linear):
         alpha: the scaling s is alpha / rank; None: alpha = rank, so s = 1.
         rows: rows of each slice, summing to ``out_features``; None: one slice.
         dropout: probability of dropping an element of the low-rank path's input while training.
+        execution: ``"merged"`` multiplies by W + s·B·A, merged anew in each forward (see ``merge_once``);
+            ``"two_path"`` computes the low-rank path beside the base's; ``"auto"`` takes the cheaper for each input.
 
     Raises:
-        ValueError: ranks, rows, alpha or dropout out of range.
+        ValueError: ranks, rows, alpha, dropout or execution out of range.
     """
 
     base_weight: Tensor | None
+    defer_lora_grads = False
+    """Leave A and B out of backward while W trains: ``lora_grads_from_weights`` gives them theirs."""
+    last_plan: Choice | None = None
+    """How the last input was computed, and why; not recorded under ``torch.compile``."""
+    _shared: SharedWeight | None = None
 
     def __init__(
         self,
@@ -47,11 +59,14 @@ class LoRALinear(nn.Linear):
         alpha: float | None = None,
         rows: Sequence[int] | None = None,
         dropout: float = 0.0,
+        execution: Execution = "auto",
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.rows = (out_features,) if rows is None else tuple(rows)
         self.rank = (rank,) * len(self.rows) if isinstance(rank, int) else tuple(rank)
         _check_slices(self.rows, self.rank, out_features, alpha, dropout)
+        _check_execution(execution, dropout)
+        self.execution = execution
         self.alpha = alpha
         self.dropout = dropout
         self.scaling = tuple(1.0 if alpha is None else alpha / r for r in self.rank)
@@ -87,6 +102,7 @@ class LoRALinear(nn.Linear):
         alpha: float | None = None,
         rows: Sequence[int] | None = None,
         dropout: float = 0.0,
+        execution: Execution = "auto",
         generator: torch.Generator | None = None,
     ) -> LoRALinear:
         """A ``LoRALinear`` that takes over ``linear``'s own parameters (the same objects), hooks and mode.
@@ -103,6 +119,7 @@ class LoRALinear(nn.Linear):
             alpha=alpha,
             rows=rows,
             dropout=dropout,
+            execution=execution,
         )
         layer.weight = linear.weight
         layer.bias = linear.bias
@@ -170,9 +187,74 @@ class LoRALinear(nn.Linear):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("a merged LoRALinear cannot train (A and B get no gradient): call unmerge() first")
             return F.linear(x, self.weight, self.bias)
-        x_lora = F.dropout(x, self.dropout) if self.training and self.dropout > 0 else None
-        return lora_linear(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.rows, self.rank, self.scaling, x_lora
+        w_eff = self._shared_weight()
+        plan = self.plan(x.numel() // self.in_features) if w_eff is None else SHARED
+        if not torch.compiler.is_compiling():
+            self.last_plan = plan
+        if plan.execution == "two_path":
+            return self._two_path(x)
+        if w_eff is None:
+            w_eff = merged_weights([self], self.compute_dtype)[0]
+            if self._shared is not None and not torch.compiler.is_compiling():
+                self._shared.keep(w_eff, self.weight, self.lora_A, self.lora_B)
+        apart = self.defer_lora_grads and self.weight.requires_grad
+        lora_a, lora_b = (p.detach() if apart else p for p in (self.lora_A, self.lora_B))
+        return lora_linear(x, w_eff, self.weight, self.bias, lora_a, lora_b, self.rows, self.rank, self.scaling)
+
+    def _two_path(self, x: Tensor) -> Tensor:
+        dropout = self.dropout if self.training else 0.0
+        # Drawn on the CPU, whose random state is the one that every checkpoint holds.
+        seed = torch.randint(2**32, (1,)).to(x.device) if dropout else None
+        y, _ = lora_two_path(
+            x, self.weight, self.bias, self.lora_A, self.lora_B, self.rows, self.rank, self.scaling, dropout, seed
+        )
+        return y
+
+    def _shared_weight(self) -> Tensor | None:
+        if self._shared is None or self._drops:
+            return None
+        return self._shared.current(self.compute_dtype, self.weight, self.lora_A, self.lora_B)
+
+    @property
+    def _drops(self) -> bool:
+        return self.training and self.dropout > 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of this layer's products: autocast's, or the weight's."""
+        device = self.weight.device.type
+        available = torch.amp.is_autocast_available(device) and self.weight.dtype != torch.float64
+        casts = available and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if casts else self.weight.dtype
+
+    @property
+    def merges_always(self) -> bool:
+        """Whether the layer takes merged execution now, whatever the number of tokens."""
+        if self.execution == "two_path" or self._drops or self.merged:
+            return False
+        is_cast = self.weight.dtype != self.compute_dtype
+        auto = is_cast or (self.weight.device.type == "cuda" and self.weight.element_size() >= 4)
+        return self.execution == "merged" or auto
+
+    def plan(self, tokens: int) -> Choice:
+        """How an input of ``tokens`` rows is computed now, and why; a pure function of sizes, dtypes and phase."""
+        if self._drops:
+            return Choice("two_path", "dropout gives the low-rank path an input of its own")
+        if self.execution != "auto":
+            return Choice(self.execution, "asked for")
+        if self.weight.element_size() < 4:
+            return Choice("two_path", f"a sum in {self.weight.dtype} would round LoRA's update away")
+        trains = self.weight.requires_grad
+        work: Work = "inference" if not torch.is_grad_enabled() else "warmup" if trains else "lora"
+        return choose_execution(
+            tokens=tokens,
+            in_features=self.in_features,
+            rows=self.rows,
+            ranks=self.rank,
+            weight_bytes=self.weight.element_size(),
+            compute_bytes=self.compute_dtype.itemsize,
+            device_type=self.weight.device.type,
+            work=work,
         )
 
     def extra_repr(self) -> str:
@@ -184,6 +266,8 @@ class LoRALinear(nn.Linear):
             parts.append(f"alpha={self.alpha}")
         if self.dropout:
             parts.append(f"dropout={self.dropout}")
+        if self.execution != "auto":
+            parts.append(f"execution={self.execution}")
         return ", ".join([*parts, *(["merged"] if self.merged else [])])
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -203,6 +287,31 @@ class LoRALinear(nn.Linear):
         # A plain Linear's state dict leaves an untrained adapter as it is; a trained one would change the function.
         plain = ours <= set(known) and not self.lora_B.is_meta and not self.lora_B.any()
         missing.extend(key for key in known if not (plain and key in ours))
+
+
+@torch.no_grad()
+def merged_weights(layers: Sequence[LoRALinear], dtype: torch.dtype) -> list[Tensor]:
+    """W + s·B·A of every layer, [out, in] in ``dtype``, in one call; carries no gradient."""
+    return lora_merge(
+        [layer.weight for layer in layers],
+        [layer.lora_A for layer in layers],
+        [layer.lora_B for layer in layers],
+        [len(layer.rows) for layer in layers],
+        [n for layer in layers for n in layer.rows],
+        [r for layer in layers for r in layer.rank],
+        [s for layer in layers for s in layer.scaling],
+        dtype,
+    )
+
+
+def _check_execution(execution: str, dropout: float) -> None:
+    if execution not in get_args(Execution):
+        raise ValueError(f"execution = {execution!r}: accepted are {', '.join(get_args(Execution))}")
+    if execution == "merged" and dropout > 0:
+        raise ValueError(
+            f"execution = 'merged' with dropout = {dropout}: dropout gives the low-rank path an input of its own, "
+            f"accepted are 'auto' and 'two_path'"
+        )
 
 
 def _check_slices(

@@ -1,40 +1,24 @@
-"""``lora_linear``: a Linear plus low-rank updates of unequal rank on slices of its rows."""
+"""``lora_linear``: a Linear on the effective weight W + s·B·A, whose gradients reach W, A and B (merged execution)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def split_lora(
-    lora_a: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int]
-) -> list[tuple[Tensor, Tensor]]:
-    """Views (A_i [rank_i, in], B_i [rows_i, rank_i]) of each slice.
-
-    Args:
-        lora_a: every slice's A, stacked: [sum of ranks, in].
-        lora_b: every slice's B in row-major order, one after another: any shape of sum rows_i · rank_i elements.
-        rows: rows of each slice, in order; they sum to the out features.
-        ranks: rank of each slice.
-    """
-    sizes = [n * r for n, r in zip(rows, ranks, strict=True)]
-    blocks = lora_b.reshape(-1).split(sizes)
-    return [(a, b.view(n, r)) for a, b, n, r in zip(lora_a.split(list(ranks)), blocks, rows, ranks, strict=True)]
+from prelora.ops.lora_merge import lora_merge_backward
+from prelora.ops.slices import split_lora
+from prelora.ops.support import cpu_refusal, triton_refusal
+from prelora.registry import autocast, autograd, define
 
 
-def lora_delta(
-    lora_a: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
-) -> Tensor:
-    """The weight update s·B·A of all slices, [out, in]."""
-    slices = split_lora(lora_a, lora_b, rows, ranks)
-    return torch.cat([s * (b @ a) for (a, b), s in zip(slices, scaling, strict=True)])
-
-
+@define
 def lora_linear(
     x: Tensor,
+    w_eff: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     lora_a: Tensor,
@@ -42,25 +26,130 @@ def lora_linear(
     rows: Sequence[int],
     ranks: Sequence[int],
     scaling: Sequence[float],
-    x_lora: Tensor | None = None,
 ) -> Tensor:
-    """Return x·Wᵀ + b + [s_i · (x·A_iᵀ)·B_iᵀ for each row slice i].
+    """Return x·W_effᵀ + b, where W_eff = W + [s_i · B_i · A_i for each row slice i] was merged before.
 
     Args:
         x: [*, in].
-        weight: [out, in].
+        w_eff: [out, in], in x's dtype, from ``lora_merge``; carries no gradient itself.
+        weight: W, [out, in]; only receives its gradient.
         bias: [out] or None.
-        lora_a, lora_b, rows, ranks: as in ``split_lora``.
+        lora_a, lora_b, rows, ranks: as in ``split_lora``; the tensors only receive their gradients.
         scaling: s_i = alpha / rank_i of each slice.
-        x_lora: [*, in], what the low-rank path reads instead of x (x after dropout).
 
     Returns:
-        [*, out], in x's dtype (under autocast, in autocast's).
+        [*, out], in x's dtype. Saved for backward: x; if only B trains, x·Aᵀ instead; for x's own gradient, W_eff.
     """
-    y = F.linear(x, weight, bias)
-    h = F.linear(x if x_lora is None else x_lora, lora_a)
-    slices = split_lora(lora_a, lora_b, rows, ranks)
-    updates = [
-        F.linear(h_i, b) * s for h_i, (_, b), s in zip(h.split(list(ranks), dim=-1), slices, scaling, strict=True)
-    ]
-    return y + (updates[0] if len(updates) == 1 else torch.cat(updates, dim=-1))
+    return F.linear(x, w_eff, None if bias is None else bias.to(x.dtype))
+
+
+@define
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    w_eff: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """Return the needed ones of dx, dW, db, dA, dB, in this order.
+
+    dx = dy·W_eff and dW = dyᵀ·x. Where dW is needed, dA_i = s_i · B_iᵀ · dW_i and dB_i = s_i · dW_i · A_iᵀ follow
+    from it; else, with S = x·Aᵀ and dS_i = s_i · dy_i · B_i, dA = dSᵀ·x and dB_i = s_i · dy_iᵀ · S_i.
+
+    Args:
+        dy: [*, out].
+        x: [*, in]; None if neither dW nor dA is needed and S is given.
+        s: S, [*, sum of ranks], if only dB is needed of the two; None: computed from x.
+        w_eff: None if dx is not needed.
+        need: which of the five.
+
+    Returns:
+        dx and dW in dy's dtype, db in at least fp32, dA and dB in A's and B's.
+    """
+    need_x, need_weight, need_bias, need_a, need_b = need
+    grads = []
+    dy2 = dy.reshape(-1, dy.shape[-1])
+    x2 = None if x is None else x.reshape(-1, x.shape[-1])
+    if need_x:
+        assert w_eff is not None
+        grads.append((dy2 @ w_eff).view(*dy.shape[:-1], w_eff.shape[1]))
+    if need_weight:
+        assert x2 is not None
+        dw = dy2.t() @ x2
+        grads.append(dw)
+    if need_bias:
+        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+    if need_weight and (need_a or need_b):
+        da, db = lora_merge_backward.reference([dw], [lora_a], [lora_b], [len(rows)], rows, ranks, scaling)
+        grads += [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]
+    elif need_a or need_b:
+        grads += adapter_gradients(dy2, x2, s, lora_a, lora_b, rows, ranks, scaling, need_a, need_b)
+    return grads
+
+
+def adapter_gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    need_a: bool,
+    need_b: bool,
+) -> list[Tensor]:
+    """The needed ones of dA and dB from activations [tokens, ·] alone, as ``lora_linear_backward`` says."""
+    parts = list(
+        zip(dy.split(list(rows), 1), split_lora(lora_a, lora_b.to(dy.dtype), rows, ranks), scaling, strict=True)
+    )
+    grads = []
+    if need_a:
+        assert x is not None
+        ds = torch.cat([s_i * (dy_i @ b_i) for dy_i, (_, b_i), s_i in parts], 1)
+        grads.append((ds.t() @ x).to(lora_a.dtype))
+    if need_b:
+        if s is None:
+            assert x is not None
+            s = x @ lora_a.to(x.dtype).t()
+        shares = s.reshape(-1, lora_a.shape[0]).split(list(ranks), 1)
+        products = [s_i * (dy_i.t() @ h_i) for (dy_i, _, s_i), h_i in zip(parts, shares, strict=True)]
+        grads.append(torch.cat([product.reshape(-1) for product in products]).view(lora_b.shape).to(lora_b.dtype))
+    return grads
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, w_eff, _, bias, lora_a, lora_b, rows, ranks, scaling = inputs
+    need_x, need_w_eff, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
+    if need_w_eff:
+        raise ValueError("lora_linear: w_eff must not require a gradient; it reaches W, A and B instead")
+    keep_s = need_b and not (need_a or need_weight)
+    with torch.no_grad():
+        s = F.linear(x, lora_a.to(x.dtype)) if keep_s else None
+    ctx.need = [need_x, need_weight, bias is not None and need_bias, need_a, need_b]
+    ctx.layout = (rows, ranks, scaling)
+    ctx.save_for_backward(x if need_weight or need_a else None, s, w_eff if need_x else None, lora_a, lora_b)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    grads = iter(lora_linear_backward(dy, *ctx.saved_tensors, *ctx.layout, ctx.need))
+    dx, dw, dbias, da, db = (next(grads) if needed else None for needed in ctx.need)
+    return dx, None, dw, dbias, da, db, None, None, None
+
+
+def _cast(dtype: torch.dtype, x: Tensor, w_eff: Tensor, *rest: Any) -> tuple[Any, ...]:
+    # W, A, B and b stay as they are: W is not read at all, the others are small and cast inside.
+    return x.to(dtype), w_eff.to(dtype), *rest
+
+
+autograd(lora_linear, _backward, _setup_context)
+autocast(lora_linear, _cast)
+autocast(lora_linear_backward, lambda dtype, *args: args)
+for _operator in (lora_linear, lora_linear_backward):
+    _operator.provider("cpu", "prelora.ops.cpu", cpu_refusal)
+    _operator.provider("triton", "prelora.kernels.lora_linear", triton_refusal)

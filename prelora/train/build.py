@@ -24,9 +24,6 @@ from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 from prelora.train.rng import seed_all
 
-EXECUTION: Execution = "two_path"
-"""How LoRALinear computes today: the low-rank path beside the base's."""
-
 
 @dataclass(frozen=True)
 class Parts:
@@ -80,6 +77,7 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         ema=ema,
         total_steps=config.epochs * steps,
         seed=config.seed,
+        defer_lora_grads=True,
     )
     mixup, criterion = _mixup_and_criterion(config, source.classes)
     return Parts(pre, source, criterion, mixup, device, steps, global_batch), flops
@@ -107,6 +105,12 @@ def algorithm(config: TrainConfig) -> PreLoRAConfig:
 def config_targets(config: TrainConfig, model: nn.Module) -> tuple[Target, ...]:
     """The model's targets, in the configured groups."""
     return find_targets(model, None if config.targets == "family" else config.targets)
+
+
+def config_execution(config: TrainConfig) -> Execution:
+    """How the LoRA layers compute while they train, for counting FLOPs; each layer decides for itself in the end."""
+    two_path = config.prelora.execution == "two_path" or config.prelora.lora_dropout > 0
+    return "two_path" if two_path else "merged"
 
 
 def config_flops(config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int) -> ModelFlops:

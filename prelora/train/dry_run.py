@@ -10,7 +10,7 @@ import torch
 from prelora import surgery
 from prelora.controller import parameter_counts
 from prelora.targets import by_group
-from prelora.train.build import EXECUTION, build_config_source, config_flops, config_targets
+from prelora.train.build import build_config_source, config_execution, config_flops, config_targets
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 
@@ -55,7 +55,7 @@ def describe(config: TrainConfig) -> str:
         surgery.freeze(adapted, targets, pre.freeze)
         trainable = parameter_counts(adapted)[0]
         held = sum(parameter.numel() for parameter in adapted.parameters())
-        phases = flops.phases({target.name: rank for target in targets}, EXECUTION)
+        phases = flops.phases({target.name: rank for target in targets}, config_execution(config))
         lines.append(
             f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     "
             f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable)):5.2f}"

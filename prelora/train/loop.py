@@ -29,8 +29,9 @@ from prelora.checkpoint import (
 )
 from prelora.controller import Event, logits, parameter_counts
 from prelora.data.sampler import train_batches
+from prelora.nn import merge_once
 from prelora.train import memory, run_dir
-from prelora.train.build import EXECUTION, Parts, run_facts
+from prelora.train.build import Parts, config_execution, run_facts
 from prelora.train.config import TrainConfig, save_yaml, to_dict
 from prelora.train.display import Display
 from prelora.train.evaluate import evaluate
@@ -146,12 +147,15 @@ class Trainer:
         config, pre = self.config, self.pre
         pre.scheduler.step_update(self._global_step())
         total = torch.zeros((), device=self.parts.device)
-        for micro in range(config.optim.accumulate):
-            last = micro == config.optim.accumulate - 1
-            with contextlib.nullcontext() if last else _no_sync(pre.model):
-                loss = self._loss(*next(batches)) / config.optim.accumulate
-                self.scaler.scale(loss).backward()
-            total += loss.detach()
+        with contextlib.ExitStack() as merged:
+            with self._autocast():
+                merged.enter_context(merge_once(pre.base_model))
+            for micro in range(config.optim.accumulate):
+                last = micro == config.optim.accumulate - 1
+                with contextlib.nullcontext() if last else _no_sync(pre.model):
+                    loss = self._loss(*next(batches)) / config.optim.accumulate
+                    self.scaler.scale(loss).backward()
+                total += loss.detach()
         stop, finite = self.stopper.agree(torch.isfinite(total))
         self.progress.loss_sum += total.item()
         if finite:
@@ -176,6 +180,7 @@ class Trainer:
 
     def _update(self) -> None:
         config, pre = self.config, self.pre
+        pre.finish_gradients()
         self.progress.gradient_bytes = memory.gradient_bytes(pre.optimizer)
         if config.optim.clip_grad is not None:
             self.scaler.unscale_(pre.optimizer)
@@ -218,7 +223,7 @@ class Trainer:
 
     def _event(self, event: Event) -> dict[str, Any]:
         names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
-        flops = self.flops.phases(event.ranks, EXECUTION).as_dict() if event.ranks else None
+        flops = self.flops.phases(event.ranks, config_execution(self.config)).as_dict() if event.ranks else None
         return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
 
     def _finish_epoch(self, log: run_dir.MetricsLog | None) -> None:

@@ -1,0 +1,226 @@
+"""The ``cpu`` provider of every operator: library GEMMs, arranged to touch activations and weights least.
+
+Against the references: results are written where they belong, s_i goes into the small factor, nothing is copied
+to be concatenated, and wide sums are made only of what is not wide already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prelora.ops.dropout import drop
+from prelora.ops.slices import by_layer, split_lora
+
+
+def lora_merge(
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slices: Sequence[int],
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dtype: torch.dtype,
+) -> list[Tensor]:
+    """See ``prelora.ops.lora_merge``."""
+    merged = []
+    layers = by_layer(slices, rows, ranks, scaling)
+    for weight, a, b, (n, r, s) in zip(weights, lora_a, lora_b, layers, strict=True):
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        base = weight.to(wide)
+        out = torch.empty_like(base, memory_format=torch.contiguous_format)
+        pairs = split_lora(a.to(wide), b.to(wide), n, r)
+        for w_i, o_i, (a_i, b_i), s_i in zip(base.split(list(n)), out.split(list(n)), pairs, s, strict=True):
+            torch.addmm(w_i, b_i, a_i, alpha=s_i, out=o_i)
+        merged.append(out.to(dtype))
+    return merged
+
+
+def lora_merge_backward(
+    grads: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    slices: Sequence[int],
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+) -> list[Tensor]:
+    """See ``prelora.ops.lora_merge``."""
+    gradients = []
+    layers = by_layer(slices, rows, ranks, scaling)
+    for grad, a, b, (n, r, s) in zip(grads, lora_a, lora_b, layers, strict=True):
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        da, db = torch.empty_like(a, dtype=wide), b.new_empty(b.shape, dtype=wide)
+        pairs, outs = split_lora(a.to(wide), b.to(wide), n, r), split_lora(da, db, n, r)
+        blocks = grad.to(wide).split(list(n))
+        for dw, (a_i, b_i), (da_i, db_i), s_i in zip(blocks, pairs, outs, s, strict=True):
+            torch.mm((s_i * b_i).t(), dw, out=da_i)
+            torch.mm(dw, (s_i * a_i).t(), out=db_i)
+        gradients += [da.to(a.dtype), db.to(b.dtype)]
+    return gradients
+
+
+def lora_linear(
+    x: Tensor,
+    w_eff: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+) -> Tensor:
+    """See ``prelora.ops.lora_linear``."""
+    return F.linear(x, w_eff, None if bias is None else bias.to(x.dtype))
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    s: Tensor | None,
+    w_eff: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """See ``prelora.ops.lora_linear``."""
+    need_x, need_weight, need_bias, need_a, need_b = need
+    grads = []
+    dy2, x2 = _flat(dy), None if x is None else _flat(x)
+    if need_x:
+        assert w_eff is not None
+        grads.append(torch.mm(dy2, w_eff).view(*dy.shape[:-1], w_eff.shape[1]))
+    if need_weight:
+        assert x2 is not None
+        dw = torch.mm(dy2.t(), x2)
+        grads.append(dw)
+    if need_bias:
+        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+    if not (need_a or need_b):
+        return grads
+    if need_weight:
+        da, db = lora_merge_backward([dw], [lora_a], [lora_b], [len(rows)], rows, ranks, scaling)
+        return grads + [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]
+    if need_a:
+        assert x2 is not None
+        ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling)
+        grads.append(torch.mm(ds.t(), x2).to(lora_a.dtype))
+    if need_b:
+        if s is None:
+            assert x2 is not None
+            s = torch.mm(x2, lora_a.to(x2.dtype).t())
+        s = _flat(s)
+        grads.append(_grad_b(dy2, s, lora_b, rows, ranks, scaling))
+    return grads
+
+
+def lora_two_path(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See ``prelora.ops.lora_two_path``."""
+    x2 = _flat(x)
+    h = torch.mm(drop(x2, seed, dropout), lora_a.to(x.dtype).t())
+    y = F.linear(x2, weight, None if bias is None else bias.to(x.dtype))
+    pairs = split_lora(lora_a, lora_b.to(x.dtype), rows, ranks)
+    shares = zip(y.split(list(rows), 1), h.split(list(ranks), 1), pairs, scaling, strict=True)
+    for y_i, h_i, (_, b_i), s_i in shares:
+        y_i.addmm_(h_i, b_i.t(), alpha=s_i)
+    return y.view(*x.shape[:-1], y.shape[1]), h.view(*x.shape[:-1], h.shape[1])
+
+
+def lora_two_path_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
+    dropout: float,
+    seed: Tensor | None,
+    need: Sequence[bool],
+) -> list[Tensor]:
+    """See ``prelora.ops.lora_two_path``."""
+    need_x, need_weight, need_bias, need_a, need_b = need
+    grads = []
+    dy2, x2 = _flat(dy), None if x is None else _flat(x)
+    ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling) if need_x or need_a else None
+    if need_x:
+        assert weight is not None
+        assert ds is not None
+        dx = torch.mm(dy2, weight)
+        a = lora_a.to(dy.dtype)
+        if seed is None:
+            dx.addmm_(ds, a)
+        else:
+            dx += drop(torch.mm(ds, a), seed, dropout)
+        grads.append(dx.view(*dy.shape[:-1], dx.shape[1]))
+    if need_weight:
+        assert x2 is not None
+        grads.append(torch.mm(dy2.t(), x2))
+    if need_bias:
+        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+    if need_a:
+        assert x2 is not None
+        assert ds is not None
+        grads.append(torch.mm(ds.t(), drop(x2, seed, dropout)).to(lora_a.dtype))
+    if need_b:
+        grads.append(_grad_b(dy2, _flat(h), lora_b, rows, ranks, scaling))
+    return grads
+
+
+def weight_norms(tensors: Sequence[Tensor], squared: bool) -> Tensor:
+    """See ``prelora.ops.weight_norms``."""
+    wide = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    out = torch.empty(len(tensors), dtype=wide)
+    for i, tensor in enumerate(tensors):
+        # Row by row first: over 4 million elements at once, the fp32 sum is off by 8e-5; so it is by 3e-8.
+        partial = torch.linalg.vector_norm(tensor, dim=-1, dtype=wide) if tensor.dim() > 1 else tensor
+        torch.linalg.vector_norm(partial, dtype=wide, out=out[i])
+    return out.square_() if squared else out
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _shrunk_gradient(
+    dy: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
+) -> Tensor:
+    """dS [tokens, sum of ranks], dS_i = s_i · dy_i · B_i."""
+    blocks = lora_b.reshape(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
+    shares = zip(dy.split(list(rows), 1), blocks, rows, ranks, scaling, strict=True)
+    parts = [torch.mm(dy_i, (s_i * block).to(dy.dtype).view(n, r)) for dy_i, block, n, r, s_i in shares]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _grad_b(
+    dy: Tensor, s: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
+) -> Tensor:
+    """dB_i = s_i · dy_iᵀ · S_i, packed as B is."""
+    grad = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+    blocks = grad.view(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
+    shares = zip(dy.split(list(rows), 1), s.split(list(ranks), 1), blocks, rows, ranks, scaling, strict=True)
+    for dy_i, share, block, n, r, s_i in shares:
+        # As S_iᵀ·dy_i, whose long side is the faster one to multiply along; s_i goes into what is small.
+        torch.mul(torch.mm(share.t(), dy_i).t(), s_i, out=block.view(n, r))
+    return grad
