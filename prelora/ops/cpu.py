@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prelora.ops.dropout import drop
+from prelora.ops.gemm import product
 from prelora.ops.slices import by_layer, split_lora
 
 
@@ -26,14 +27,17 @@ def lora_merge(
     scaling: Sequence[float],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """See ``prelora.ops.lora_merge``."""
+    """See ``prelora.ops.lora_merge``; to a 16-bit dtype W is cast first, as autocast would, and added to in place."""
     merged = []
     layers = by_layer(slices, rows, ranks, scaling)
     for weight, a, b, (n, r, s) in zip(weights, lora_a, lora_b, layers, strict=True):
         wide = torch.promote_types(weight.dtype, torch.float32)
-        base = weight.to(wide)
-        out = torch.empty_like(base, memory_format=torch.contiguous_format)
-        pairs = split_lora(a.to(wide), b.to(wide), n, r)
+        narrow = wide == torch.float32 and dtype.itemsize < 4
+        factors = dtype if narrow else wide
+        base = weight.to(factors)
+        # What was cast is ours to write into; a sum of its own saves no pass, but a tensor of the weight's size.
+        out = base if base is not weight else torch.empty_like(base, memory_format=torch.contiguous_format)
+        pairs = split_lora(a.to(factors), b.to(factors), n, r)
         for w_i, o_i, (a_i, b_i), s_i in zip(base.split(list(n)), out.split(list(n)), pairs, s, strict=True):
             torch.addmm(w_i, b_i, a_i, alpha=s_i, out=o_i)
         merged.append(out.to(dtype))
@@ -49,18 +53,16 @@ def lora_merge_backward(
     ranks: Sequence[int],
     scaling: Sequence[float],
 ) -> list[Tensor]:
-    """See ``prelora.ops.lora_merge``."""
+    """See ``prelora.ops.lora_merge``; of a 16-bit gradient the products are 16-bit, with fp32 sums."""
     gradients = []
     layers = by_layer(slices, rows, ranks, scaling)
     for grad, a, b, (n, r, s) in zip(grads, lora_a, lora_b, layers, strict=True):
-        wide = torch.promote_types(grad.dtype, torch.float32)
-        da, db = torch.empty_like(a, dtype=wide), b.new_empty(b.shape, dtype=wide)
-        pairs, outs = split_lora(a.to(wide), b.to(wide), n, r), split_lora(da, db, n, r)
-        blocks = grad.to(wide).split(list(n))
-        for dw, (a_i, b_i), (da_i, db_i), s_i in zip(blocks, pairs, outs, s, strict=True):
-            torch.mm((s_i * b_i).t(), dw, out=da_i)
-            torch.mm(dw, (s_i * a_i).t(), out=db_i)
-        gradients += [da.to(a.dtype), db.to(b.dtype)]
+        da, db = torch.empty_like(a), torch.empty_like(b)
+        pairs, outs = split_lora(a, b, n, r), split_lora(da, db, n, r)
+        for dw, (a_i, b_i), (da_i, db_i), s_i in zip(grad.split(list(n)), pairs, outs, s, strict=True):
+            da_i.copy_(product((s_i * b_i).t().to(dw.dtype), dw.t()))
+            db_i.copy_(product(dw, (s_i * a_i).to(dw.dtype)))
+        gradients += [da, db]
     return gradients
 
 
@@ -97,28 +99,28 @@ def lora_linear_backward(
     dy2, x2 = _flat(dy), None if x is None else _flat(x)
     if need_x:
         assert w_eff is not None
-        grads.append(torch.mm(dy2, w_eff).view(*dy.shape[:-1], w_eff.shape[1]))
+        grads.append(product(dy2, w_eff.t()).view(*dy.shape[:-1], w_eff.shape[1]))
     if need_weight:
         assert x2 is not None
         dw = torch.mm(dy2.t(), x2)
         grads.append(dw)
     if need_bias:
-        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+        grads.append(dy2.sum(0))
     if not (need_a or need_b):
         return grads
     if need_weight:
         da, db = lora_merge_backward([dw], [lora_a], [lora_b], [len(rows)], rows, ranks, scaling)
         return grads + [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]
+    parts = _row_slices(dy2, rows)
     if need_a:
         assert x2 is not None
-        ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling)
-        grads.append(torch.mm(ds.t(), x2).to(lora_a.dtype))
+        ds = _shrunk_gradient(parts, lora_b, rows, ranks, scaling)
+        grads.append(product(ds.t(), x2.t()).to(lora_a.dtype))
     if need_b:
         if s is None:
             assert x2 is not None
-            s = torch.mm(x2, lora_a.to(x2.dtype).t())
-        s = _flat(s)
-        grads.append(_grad_b(dy2, s, lora_b, rows, ranks, scaling))
+            s = product(x2, lora_a.to(x2.dtype))
+        grads.append(_grad_b(parts, _flat(s), lora_b, rows, ranks, scaling))
     return grads
 
 
@@ -136,7 +138,7 @@ def lora_two_path(
 ) -> tuple[Tensor, Tensor]:
     """See ``prelora.ops.lora_two_path``."""
     x2 = _flat(x)
-    h = torch.mm(drop(x2, seed, dropout), lora_a.to(x.dtype).t())
+    h = product(drop(x2, seed, dropout), lora_a.to(x.dtype))
     y = F.linear(x2, weight, None if bias is None else bias.to(x.dtype))
     pairs = split_lora(lora_a, lora_b.to(x.dtype), rows, ranks)
     shares = zip(y.split(list(rows), 1), h.split(list(ranks), 1), pairs, scaling, strict=True)
@@ -163,11 +165,12 @@ def lora_two_path_backward(
     need_x, need_weight, need_bias, need_a, need_b = need
     grads = []
     dy2, x2 = _flat(dy), None if x is None else _flat(x)
-    ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling) if need_x or need_a else None
+    parts = _row_slices(dy2, rows)
+    ds = _shrunk_gradient(parts, lora_b, rows, ranks, scaling) if need_x or need_a else None
     if need_x:
         assert weight is not None
         assert ds is not None
-        dx = torch.mm(dy2, weight)
+        dx = product(dy2, weight.t())
         a = lora_a.to(dy.dtype)
         if seed is None:
             dx.addmm_(ds, a)
@@ -178,13 +181,13 @@ def lora_two_path_backward(
         assert x2 is not None
         grads.append(torch.mm(dy2.t(), x2))
     if need_bias:
-        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+        grads.append(dy2.sum(0))
     if need_a:
         assert x2 is not None
         assert ds is not None
-        grads.append(torch.mm(ds.t(), drop(x2, seed, dropout)).to(lora_a.dtype))
+        grads.append(product(ds.t(), drop(x2, seed, dropout).t()).to(lora_a.dtype))
     if need_b:
-        grads.append(_grad_b(dy2, _flat(h), lora_b, rows, ranks, scaling))
+        grads.append(_grad_b(parts, _flat(h), lora_b, rows, ranks, scaling))
     return grads
 
 
@@ -200,27 +203,40 @@ def weight_norms(tensors: Sequence[Tensor], squared: bool) -> Tensor:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    """[tokens, features], contiguous: every product that follows wants it so."""
+    return tensor.reshape(-1, tensor.shape[-1]).contiguous()
+
+
+def _row_slices(dy: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """The columns of dy that belong to each row slice; in fp32 contiguous, as oneDNN wants what it multiplies by."""
+    if len(rows) == 1:
+        return [dy]
+    parts = dy.split(list(rows), 1)
+    return [part.contiguous() for part in parts] if dy.dtype == torch.float32 else list(parts)
 
 
 def _shrunk_gradient(
-    dy: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
+    parts: Sequence[Tensor], lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
 ) -> Tensor:
-    """dS [tokens, sum of ranks], dS_i = s_i · dy_i · B_i."""
+    """dS [tokens, sum of ranks], dS_i = s_i · dy_i · B_i, from dy by slices."""
     blocks = lora_b.reshape(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
-    shares = zip(dy.split(list(rows), 1), blocks, rows, ranks, scaling, strict=True)
-    parts = [torch.mm(dy_i, (s_i * block).to(dy.dtype).view(n, r)) for dy_i, block, n, r, s_i in shares]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    shares = zip(parts, blocks, rows, ranks, scaling, strict=True)
+    ds = [product(dy_i, (s_i * block).to(dy_i.dtype).view(n, r).t()) for dy_i, block, n, r, s_i in shares]
+    return ds[0] if len(ds) == 1 else torch.cat(ds, 1)
 
 
 def _grad_b(
-    dy: Tensor, s: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
+    parts: Sequence[Tensor],
+    s: Tensor,
+    lora_b: Tensor,
+    rows: Sequence[int],
+    ranks: Sequence[int],
+    scaling: Sequence[float],
 ) -> Tensor:
-    """dB_i = s_i · dy_iᵀ · S_i, packed as B is."""
+    """dB_i = s_i · dy_iᵀ · S_i, packed as B is, from dy by slices."""
     grad = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
     blocks = grad.view(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
-    shares = zip(dy.split(list(rows), 1), s.split(list(ranks), 1), blocks, rows, ranks, scaling, strict=True)
-    for dy_i, share, block, n, r, s_i in shares:
-        # As S_iᵀ·dy_i, whose long side is the faster one to multiply along; s_i goes into what is small.
-        torch.mul(torch.mm(share.t(), dy_i).t(), s_i, out=block.view(n, r))
+    for dy_i, share, block, n, r, s_i in zip(parts, s.split(list(ranks), 1), blocks, rows, ranks, scaling, strict=True):
+        # As S_iᵀ·dy_i, along whose long rows the product runs faster.
+        torch.mul(product(share.t(), dy_i.t()).t(), s_i, out=block.view(n, r))
     return grad

@@ -69,7 +69,7 @@ def lora_linear_backward(
         need: which of the five.
 
     Returns:
-        dx and dW in dy's dtype, db in at least fp32, dA and dB in A's and B's.
+        dx, dW and db in dy's dtype, dA and dB in A's and B's.
     """
     need_x, need_weight, need_bias, need_a, need_b = need
     grads = []
@@ -83,7 +83,7 @@ def lora_linear_backward(
         dw = dy2.t() @ x2
         grads.append(dw)
     if need_bias:
-        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+        grads.append(dy2.sum(0))
     if need_weight and (need_a or need_b):
         da, db = lora_merge_backward.reference([dw], [lora_a], [lora_b], [len(rows)], rows, ranks, scaling)
         grads += [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]

@@ -24,14 +24,14 @@ def lora_merge(
     scaling: Sequence[float],
     dtype: torch.dtype,
 ) -> list[Tensor]:
-    """Return W + [s_i · B_i · A_i for each row slice i] of every layer, summed in at least fp32, rounded once.
+    """Return W + [s_i · B_i · A_i for each row slice i] of every layer, summed in at least fp32.
 
     Args:
         weights: each layer's W, [out, in].
         lora_a, lora_b: each layer's A and B, as in ``split_lora``.
         slices: number of slices of each layer.
         rows, ranks, scaling: of every slice, those of the first layer first.
-        dtype: of the result.
+        dtype: of the result; to a 16-bit one a provider may round s·B·A as well, as a second path would.
 
     Returns:
         [out, in] of each layer. Saved for backward: A and B.

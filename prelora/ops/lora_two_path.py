@@ -80,7 +80,7 @@ def lora_two_path_backward(
         need: which of the five.
 
     Returns:
-        dx and dW in dy's dtype, db in at least fp32, dA and dB in A's and B's.
+        dx, dW and db in dy's dtype, dA and dB in A's and B's.
     """
     need_x, need_weight, need_bias, need_a, need_b = need
     grads = []
@@ -98,7 +98,7 @@ def lora_two_path_backward(
         assert x2 is not None
         grads.append(dy2.t() @ x2)
     if need_bias:
-        grads.append(dy2.sum(0, dtype=torch.promote_types(dy.dtype, torch.float32)))
+        grads.append(dy2.sum(0))
     if need_a or need_b:
         dropped = None if x2 is None else drop(x2, seed, dropout)
         grads += adapter_gradients(dy2, dropped, h, lora_a, lora_b, rows, ranks, scaling, need_a, need_b)
