@@ -356,10 +356,9 @@ class PreLoRA:
         self._watch_steps()
         # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
-        adapters = [name for name, _ in model.named_parameters() if surgery.is_lora(name)]
-        deferred = self.defer_lora_grads and self.phase == "warmup"
-        defer_lora_grads(model, deferred)
-        self.model = distributed.rewrap(self.model, **{"unreduced" if deferred else "reduced": adapters})
+        deferred = defer_lora_grads(model, self.defer_lora_grads and self.phase == "warmup")
+        reduced = {name for name, _ in model.named_parameters() if surgery.is_lora(name)} - set(deferred)
+        self.model = distributed.rewrap(self.model, unreduced=deferred, reduced=reduced)
         return released
 
     def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict, layer_changes, partial_convergence_test
 from prelora.nn import LoRALinear
+from prelora.ops import weight_norms
 from prelora.targets import Target, by_group, by_module, target_linear
 
 
@@ -42,21 +43,19 @@ def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, 
         model: the plain model.
         snapshot: what ``take_snapshot`` gave earlier; None: no update norms.
     """
-    names: list[tuple[str, str]] = []
-    parts: list[Tensor] = []
-    for path, slices in by_module(targets).items():
-        layer = target_linear(model, slices[0])
-        kinds = {"base": layer.weight}
-        if isinstance(layer, LoRALinear):
-            kinds |= {"lora": layer.delta_weight(), "effective": layer.merged_weight()}
-        if snapshot is not None:
-            kinds["update"] = kinds.get("effective", layer.weight) - snapshot[path]
-        for kind, tensor in kinds.items():
-            names += [(kind, target.name) for target in slices]
-            # Reduced here and now: the temporaries of one module at a time, not of the whole model.
-            parts += _norms([tensor if target.rows is None else tensor[slice(*target.rows)] for target in slices])
+    modules = by_module(targets)
+    layers = {path: target_linear(model, slices[0]) for path, slices in modules.items()}
+    names = [("base", target.name) for slices in modules.values() for target in slices]
+    weights = [part for path, slices in modules.items() for part in _row_slices(layers[path].weight, slices)]
+    parts = [weight_norms(weights, False)]
+    for path, slices in modules.items():
+        # The temporaries of one module at a time, not of the whole model.
+        kinds = _derived(layers[path], None if snapshot is None else snapshot[path])
+        names += [(kind, target.name) for kind in kinds for target in slices]
+        if kinds:
+            parts.append(weight_norms([p for tensor in kinds.values() for p in _row_slices(tensor, slices)], False))
     values: dict[str, dict[str, float]] = {"base": {}, "lora": {}, "effective": {}, "update": {}}
-    for (kind, name), value in zip(names, torch.stack(parts).tolist(), strict=True):
+    for (kind, name), value in zip(names, torch.cat(parts).tolist(), strict=True):
         values[kind][name] = value
     effective = values["base"] | values["effective"]
     update = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
@@ -75,10 +74,18 @@ def take_snapshot(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tens
     }
 
 
-def _norms(tensors: list[Tensor]) -> list[Tensor]:
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    # Row by row first: over 4 million elements at once, the CPU's fp32 sum is off by 8e-5; so it is by 3e-8.
-    return list(torch._foreach_norm([torch.linalg.vector_norm(tensor, dim=1, dtype=dtype) for tensor in tensors]))
+def _derived(layer: nn.Linear, snapshot: Tensor | None) -> dict[str, Tensor]:
+    """What is measured of a layer beside its weight."""
+    kinds = {}
+    if isinstance(layer, LoRALinear):
+        kinds = {"lora": layer.delta_weight(), "effective": layer.merged_weight()}
+    if snapshot is not None:
+        kinds["update"] = kinds.get("effective", layer.weight) - snapshot
+    return kinds
+
+
+def _row_slices(tensor: Tensor, slices: Sequence[Target]) -> list[Tensor]:
+    return [tensor if target.rows is None else tensor[slice(*target.rows)] for target in slices]
 
 
 class Monitor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from prelora.config import Execution, Freeze
 from prelora.nn import LoRALinear
-from prelora.nn.merge_once import group_merges, ungroup_merges
+from prelora.nn.merging import group_merges, ungroup_merges
 from prelora.targets import Target, base_parameters, by_module, target_linear
 
 

@@ -52,13 +52,16 @@ class TargetCost:
     frozen_input_grad: bool
     """The same in LORA; with ``freeze="all"`` the first layer's input gets none."""
 
-    def merged_flops(self, rank: int) -> float:
-        """FLOPs per image of LoRA's gradients alone, in LORA: x·Aᵀ, dy·B and the two products that give dA and dB."""
-        return 4 * self.tokens * rank * (self.in_features + self.out_features)
+    def merged_flops(self, rank: int, train_lora_a: bool = True) -> float:
+        """FLOPs per image of LoRA's gradients alone, in LORA: x·Aᵀ and dyᵀ·S for dB, dy·B and dSᵀ·x for dA."""
+        products = 2 if train_lora_a else 1
+        return 2 * products * self.tokens * rank * (self.in_features + self.out_features)
 
-    def two_path_flops(self, rank: int, input_grad: bool) -> float:
+    def two_path_flops(self, rank: int, input_grad: bool, train_lora_a: bool = True) -> float:
         """FLOPs per image of the low-rank path, forward and backward."""
-        return 2 * self.tokens * rank * (3 * self.out_features + (2 + input_grad) * self.in_features)
+        outputs = 3 if input_grad or train_lora_a else 2
+        inputs = 1 + input_grad + train_lora_a
+        return 2 * self.tokens * rank * (outputs * self.out_features + inputs * self.in_features)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,13 @@ class ModelFlops:
     """FLOPs per image with the base frozen, before LoRA's are added."""
     targets: dict[str, TargetCost]
 
-    def phases(self, ranks: Mapping[str, int], execution: Execution = "merged") -> PhaseFlops:
+    def phases(
+        self, ranks: Mapping[str, int], execution: Execution = "merged", train_lora_a: bool = True
+    ) -> PhaseFlops:
         """FLOPs per image of each phase under ``ranks`` (by target name).
+
+        Args:
+            train_lora_a: whether A trains in LORA, as well as B.
 
         Raises:
             ValueError: the ranks' names are not the targets', or no such execution.
@@ -101,10 +109,10 @@ class ModelFlops:
         costs = [(cost, ranks[name]) for name, cost in self.targets.items()]
         if execution == "merged":
             warmup = 0.0
-            lora = sum(cost.merged_flops(rank) for cost, rank in costs)
+            lora = sum(cost.merged_flops(rank, train_lora_a) for cost, rank in costs)
         elif execution == "two_path":
             warmup = sum(cost.two_path_flops(rank, cost.input_grad) for cost, rank in costs)
-            lora = sum(cost.two_path_flops(rank, cost.frozen_input_grad) for cost, rank in costs)
+            lora = sum(cost.two_path_flops(rank, cost.frozen_input_grad, train_lora_a) for cost, rank in costs)
         else:
             raise ValueError(f"execution {execution!r}: accepted are merged, two_path")
         return PhaseFlops(full=self.full, warmup=self.full + warmup, lora=self.frozen + lora)

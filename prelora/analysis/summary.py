@@ -210,7 +210,9 @@ def _static_bounds(run: Run) -> dict[str, int]:
 
 def item_name(item: str) -> str:
     """An item of memory as readers know it."""
-    return {"ema": "EMA", "lora": "LoRA", "ddp_buckets": "DDP buckets"}.get(item, item.replace("_", " "))
+    return {"ema": "EMA", "lora": "LoRA", "w_eff": "merged W + s·B·A", "ddp_buckets": "DDP buckets"}.get(
+        item, item.replace("_", " ")
+    )
 
 
 def group_means(run: Run, values: Callable[[Epoch], Mapping[str, float]]) -> dict[str, list[float]]:

@@ -1,6 +1,6 @@
 """Modules, each thin over one operator."""
 
 from prelora.nn.linear import LoRALinear
-from prelora.nn.merge_once import merge_once
+from prelora.nn.merging import merge_once
 
 __all__ = ["LoRALinear", "merge_once"]

@@ -13,11 +13,18 @@ from prelora.nn.linear import LoRALinear
 from prelora.ops import lora_merge_backward
 
 
-def defer_lora_grads(model: nn.Module, defer: bool = True) -> None:
-    """Leave A and B out of backward wherever their weight trains; ``lora_grads_from_weights`` then makes theirs."""
-    for module in model.modules():
+def defer_lora_grads(model: nn.Module, defer: bool = True) -> list[str]:
+    """Leave A and B out of backward while their weight trains; ``lora_grads_from_weights`` then makes theirs.
+
+    Returns:
+        The qualified names of those A and B. Not of layers with dropout, whose gradients do not follow from W's.
+    """
+    names = []
+    for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            module.defer_lora_grads = defer
+            module.defer_lora_grads = defer and module.dropout == 0
+            names += [f"{path}.{part}".removeprefix(".") for part in ("lora_A", "lora_B") if module.defer_lora_grads]
+    return names
 
 
 def lora_grads_pending(model: nn.Module) -> bool:

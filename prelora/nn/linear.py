@@ -17,6 +17,7 @@ from prelora.ops import lora_linear, lora_merge, lora_two_path
 from prelora.ops.slices import lora_delta
 
 SHARED = Choice("merged", "merged once for several forwards")
+ALWAYS = Choice("merged", "a training step merges on a GPU, and under autocast, where it takes the place of the cast")
 HOOK_TABLES = tuple(name for name in vars(nn.Identity()) if "hook" in name)
 
 
@@ -197,18 +198,21 @@ class LoRALinear(nn.Linear):
             w_eff = merged_weights([self], self.compute_dtype)[0]
             if self._shared is not None and not torch.compiler.is_compiling():
                 self._shared.keep(w_eff, self.weight, self.lora_A, self.lora_B)
-        apart = self.defer_lora_grads and self.weight.requires_grad
-        lora_a, lora_b = (p.detach() if apart else p for p in (self.lora_A, self.lora_B))
-        return lora_linear(x, w_eff, self.weight, self.bias, lora_a, lora_b, self.rows, self.rank, self.scaling)
+        return lora_linear(x, w_eff, self.weight, self.bias, *self._adapters(), self.rows, self.rank, self.scaling)
 
     def _two_path(self, x: Tensor) -> Tensor:
         dropout = self.dropout if self.training else 0.0
         # Drawn on the CPU, whose random state is the one that every checkpoint holds.
         seed = torch.randint(2**32, (1,)).to(x.device) if dropout else None
         y, _ = lora_two_path(
-            x, self.weight, self.bias, self.lora_A, self.lora_B, self.rows, self.rank, self.scaling, dropout, seed
+            x, self.weight, self.bias, *self._adapters(), self.rows, self.rank, self.scaling, dropout, seed
         )
         return y
+
+    def _adapters(self) -> tuple[Tensor, Tensor]:
+        if self.defer_lora_grads and self.weight.requires_grad:
+            return self.lora_A.detach(), self.lora_B.detach()
+        return self.lora_A, self.lora_B
 
     def _shared_weight(self) -> Tensor | None:
         if self._shared is None or self._drops:
@@ -230,11 +234,10 @@ class LoRALinear(nn.Linear):
     @property
     def merges_always(self) -> bool:
         """Whether the layer takes merged execution now, whatever the number of tokens."""
-        if self.execution == "two_path" or self._drops or self.merged:
-            return False
+        if self.execution != "auto" or self._drops or self.merged or self.weight.element_size() < 4:
+            return self.execution == "merged" and not self.merged
         is_cast = self.weight.dtype != self.compute_dtype
-        auto = is_cast or (self.weight.device.type == "cuda" and self.weight.element_size() >= 4)
-        return self.execution == "merged" or auto
+        return torch.is_grad_enabled() and (is_cast or self.weight.device.type == "cuda")
 
     def plan(self, tokens: int) -> Choice:
         """How an input of ``tokens`` rows is computed now, and why; a pure function of sizes, dtypes and phase."""
@@ -244,6 +247,8 @@ class LoRALinear(nn.Linear):
             return Choice(self.execution, "asked for")
         if self.weight.element_size() < 4:
             return Choice("two_path", f"a sum in {self.weight.dtype} would round LoRA's update away")
+        if self.merges_always:
+            return ALWAYS
         trains = self.weight.requires_grad
         work: Work = "inference" if not torch.is_grad_enabled() else "warmup" if trains else "lora"
         return choose_execution(

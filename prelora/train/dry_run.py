@@ -9,7 +9,7 @@ import torch
 
 from prelora import surgery
 from prelora.controller import parameter_counts
-from prelora.targets import by_group
+from prelora.targets import by_group, by_module, target_linear
 from prelora.train.build import build_config_source, config_execution, config_flops, config_targets
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
@@ -43,22 +43,30 @@ def describe(config: TrainConfig) -> str:
         f"precision     {config.precision}",
         *_phases(config),
         "",
-        "uniform   trainable            fp32 weights + gradients + Adam moments    GFLOP an image, and the most",
+        "uniform   trainable            weights, W_eff, gradients, Adam moments    GFLOP an image, and the most",
         "rank      M (of the base)      GiB in FULL → LORA                         that LORA can gain on FULL",
     ]
     flops = config_flops(config, model, targets, channels)
     total = parameter_counts(model)[1]
+    execution = config_execution(config)
+    first_of_each = [slices[0] for slices in by_module(targets).values()]
+    element = 4 if config.precision == "fp32" else 2
+    w_eff = (
+        element * sum(target_linear(model, target).weight.numel() for target in first_of_each)
+        if execution == "merged"
+        else 0
+    )
     ranks = sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max})
     for rank in ranks:
         adapted = copy.deepcopy(model)
         surgery.inject(adapted, targets, {target.name: rank for target in targets})
-        surgery.freeze(adapted, targets, pre.freeze)
+        surgery.freeze(adapted, targets, pre.freeze, train_lora_a=pre.train_lora_a)
         trainable = parameter_counts(adapted)[0]
         held = sum(parameter.numel() for parameter in adapted.parameters())
-        phases = flops.phases({target.name: rank for target in targets}, config_execution(config))
+        phases = flops.phases({target.name: rank for target in targets}, execution, pre.train_lora_a)
         lines.append(
             f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     "
-            f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable)):5.2f}"
+            f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable) + w_eff):5.2f}"
             f"{'':<27}{phases.full / 1e9:7.2f} → {phases.lora / 1e9:6.2f}   {phases.ceiling:.2f}×"
         )
     lines += ["", "FLOPs and memory are counted, not measured; activations are not in them (LoRA does not free them)."]

@@ -194,7 +194,8 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Let PreLoRA look at the epoch, and turn the progress into its record."""
         progress, pre, phase = self.progress, self.pre, self.pre.phase
-        trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
+        with self._autocast():
+            trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
         trainable, _ = parameter_counts(pre.base_model)
         lr = pre.optimizer.param_groups[0]["lr"]
         peak = memory.peak_bytes(self.parts.device)
@@ -223,7 +224,10 @@ class Trainer:
 
     def _event(self, event: Event) -> dict[str, Any]:
         names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
-        flops = self.flops.phases(event.ranks, config_execution(self.config)).as_dict() if event.ranks else None
+        flops = None
+        if event.ranks:
+            train_lora_a = self.config.prelora.train_lora_a
+            flops = self.flops.phases(event.ranks, config_execution(self.config), train_lora_a).as_dict()
         return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
 
     def _finish_epoch(self, log: run_dir.MetricsLog | None) -> None:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from prelora import optim, surgery
 from prelora.controller import PreLoRA
+from prelora.nn.merging import merged_bytes
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -43,10 +44,15 @@ def gradient_bytes(optimizer: Optimizer) -> int:
 
 
 def memory_by_item(pre: PreLoRA, gradients: int) -> dict[str, int]:
-    """Bytes by item; ``gradients`` as counted after a backward pass, before they were cleared."""
+    """Bytes by item; to be called under the steps' autocast.
+
+    Args:
+        gradients: as counted after a backward pass, before they were cleared.
+    """
     named = dict(pre.base_model.named_parameters())
     return {
         "weights": _bytes([p for name, p in named.items() if not surgery.is_lora(name)]),
+        "w_eff": merged_bytes(pre.base_model),
         "lora": _bytes([p for name, p in named.items() if surgery.is_lora(name)]),
         "gradients": gradients,
         "optimizer": sum(optim.state_bytes(pre.optimizer).values()),

@@ -30,6 +30,13 @@ def merge_once(model: nn.Module) -> Iterator[None]:
         _close(layers)
 
 
+def merged_bytes(model: nn.Module) -> int:
+    """Bytes of the W_eff that a step holds: of every layer whose last input was computed by merging."""
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    merging = [layer for layer in layers if layer.last_plan is not None and layer.last_plan.execution == "merged"]
+    return sum(layer.weight.numel() * layer.compute_dtype.itemsize for layer in merging)
+
+
 def group_merges(model: nn.Module) -> None:
     """Have each forward of ``model`` merge its layers in one launch on devices where launches are dear."""
     model.register_forward_pre_hook(_before_forward)
