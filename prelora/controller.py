@@ -345,6 +345,7 @@ class PreLoRA:
         if action.endswith("freeze"):
             dropped = surgery.freeze(model, self.targets, self.config.freeze, train_lora_a=self.config.train_lora_a)
             released = self._released(model, dropped)
+            added = {name: weight for name, weight in added.items() if name not in dropped}
             self.phase = "lora"
         for hook in self._hooks:
             hook.remove()

@@ -159,3 +159,15 @@ def test_fields_are_given_by_name_only():
 
 def test_powers_of_two_are_told_from_the_rest():
     assert [value for value in range(-8, 65) if is_power_of_two(value)] == [1, 2, 4, 8, 16, 32, 64]
+
+
+@pytest.mark.parametrize("name", ["train_lora_a", "log_updates"])
+def test_a_switch_is_true_or_false(name):
+    assert refusal(TypeError, **{name: 1}) == f"{name} = 1: accepted are True, False"
+
+
+def test_merged_execution_and_dropout_exclude_each_other():
+    message = refusal(ValueError, execution="merged", lora_dropout=0.1)
+
+    assert message.startswith("execution = 'merged' with lora_dropout = 0.1: ")
+    assert message.endswith("accepted are 'auto' and 'two_path'")

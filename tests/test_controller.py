@@ -432,3 +432,45 @@ def test_without_a_config_it_runs_the_papers_exp2():
     pre = PreLoRA(model, torch.optim.SGD(model.parameters()))
 
     assert (pre.config.tau, pre.config.zeta, pre.config.warmup_epochs) == (0.5, 2.5, 10)
+
+
+def test_lora_fa_trains_b_alone_after_the_freeze_and_resumes():
+    pre = models.start(fields={"train_lora_a": False})
+    models.until(pre, "lora")
+    frozen = {name: p.detach().clone() for name, p in pre.base_model.named_parameters() if name.endswith("lora_A")}
+    resumed = models.start(fields={"train_lora_a": False})
+    resumed.load_state_dict(copy.deepcopy(pre.state_dict()))
+
+    models.train(pre)
+    models.train(resumed)
+
+    held = {id(p) for group in pre.optimizer.param_groups for p in group["params"]}
+    for name, parameter in pre.base_model.named_parameters():
+        if name.endswith("lora_A"):
+            assert id(parameter) not in held
+            assert torch.equal(parameter, frozen[name])
+        assert torch.equal(parameter, resumed.base_model.get_parameter(name)), name
+
+
+def test_explain_tells_each_targets_plan_and_why():
+    pre = models.start(fields={"execution": "merged"})
+    assert pre.explain() == {}
+    models.until(pre, "warmup")
+    models.train(pre)
+
+    plans = pre.explain()
+
+    assert plans.keys() == {target.path for target in pre.targets}
+    assert {(plan.execution, plan.reason) for plan in plans.values()} == {("merged", "asked for")}
+
+
+@pytest.mark.parametrize("execution", ["merged", "two_path"])
+def test_either_execution_takes_a_run_through_all_phases_to_one_function(execution):
+    pre = models.start(fields={"execution": execution})
+    models.until(pre, "lora")
+    models.train(pre)
+
+    plain = models.tiny_vit()
+    plain.load_state_dict(pre.merged_state_dict())
+    x = models.images()
+    torch.testing.assert_close(plain(x), pre.model(x), rtol=1e-4, atol=1e-5)

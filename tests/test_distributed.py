@@ -111,10 +111,10 @@ def wrappers_of(model):
     return [] if inner is None else [type(model).__name__, *wrappers_of(inner)]
 
 
-def run(wrap):
+def run(wrap, defer_lora_grads=False):
     """A whole run; its state after each epoch, and the events, both as the ranks see them."""
     torch.manual_seed(distributed.rank())  # a run must not lean on equal global random states
-    pre = start(wrap)
+    pre = start(wrap, defer_lora_grads=defer_lora_grads)
     states, events, wrappers = [], [], [wrappers_of(pre.model)]
     for _ in range(EPOCHS):
         event = pre.end_epoch(train_epoch(pre), probe=global_batch(0, 0, 0)[0])
@@ -126,10 +126,14 @@ def run(wrap):
     return {"states": states, "events": events, "parameters": parameters, "wrap": wrap, "wrappers": wrappers}
 
 
-@pytest.fixture(scope="module", params=WRAPPERS, ids=lambda wrap: wrap.__name__)
+WAYS = [*((wrap, False) for wrap in WRAPPERS), (own_all_reduce, True), (DistributedDataParallel, True)]
+WAYS += [(compiled_in_ddp, True)]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda way: way[0].__name__ + (", deferred" if way[1] else ""))
 def both(ranks, request):
     """The run on two ranks, wrapped in each way, with gradient accumulation and EMA."""
-    return ranks(run, request.param)
+    return ranks(run, *request.param)
 
 
 # Invariant 4: after the switch and after the freeze all ranks hold the same bits.

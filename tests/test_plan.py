@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from prelora.analysis.plan import count_flops, count_model
+from prelora.analysis.plan import TargetCost, count_flops, count_model
 
 GIGA = 1e9
 
@@ -213,3 +213,12 @@ def test_what_cannot_be_counted_is_said():
         counted.phases({})
     with pytest.raises(ValueError, match="accepted are merged, two_path"):
         counted.phases(uniform(find_targets(model), 8), "fast")
+
+
+def test_with_a_frozen_lora_costs_half_merged_and_less_on_two_paths():
+    cost = TargetCost(tokens=10, in_features=3, out_features=5, input_grad=True, frozen_input_grad=True)
+
+    assert cost.merged_flops(2, train_lora_a=False) == 2 * 10 * 2 * (3 + 5)
+    assert cost.two_path_flops(2, True, train_lora_a=False) == cost.two_path_flops(2, True) - 2 * 10 * 2 * 3
+    # Without dx, either, nothing wants dy·B.
+    assert cost.two_path_flops(2, False, train_lora_a=False) == 2 * 10 * 2 * (2 * 5 + 3)

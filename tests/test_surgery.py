@@ -324,3 +324,15 @@ def test_a_target_that_is_gone_is_an_error():
 
     with pytest.raises(TargetError, match=r"'blocks\.3\.mlp\.fc1' matches no module"):
         inject(model, targets, plan(targets))
+
+
+def test_lora_fa_freezes_every_a_with_the_base():
+    model = models.tiny_vit()
+    targets = find_targets(model)
+    inject(model, targets, plan(targets))
+
+    frozen = freeze(model, targets, train_lora_a=False)
+
+    adapters = {name: p.requires_grad for name, p in model.named_parameters() if is_lora(name)}
+    assert all(trains == name.endswith("lora_B") for name, trains in adapters.items())
+    assert {name for name in adapters if name.endswith("lora_A")} <= set(frozen)
