@@ -198,6 +198,10 @@ class LoRALinear(nn.Linear):
             w_eff = merged_weights([self], self.compute_dtype)[0]
             if self._shared is not None and not torch.compiler.is_compiling():
                 self._shared.keep(w_eff, self.weight, self.lora_A, self.lora_B)
+        trained = (x, self.weight, self.bias, self.lora_A, self.lora_B)
+        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)):
+            # As nn.Linear does it, so that injection leaves what a model evaluates to as it was, bit for bit.
+            return F.linear(x, w_eff, self.bias)
         return lora_linear(x, w_eff, self.weight, self.bias, *self._adapters(), self.rows, self.rank, self.scaling)
 
     def _two_path(self, x: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def lora_linear(
     scaling: Sequence[float],
 ) -> Tensor:
     """See ``prelora.ops.lora_linear``."""
-    return F.linear(x, w_eff, None if bias is None else bias.to(x.dtype))
+    y = product(_flat(x), w_eff, None if bias is None else bias.to(x.dtype))
+    return y.view(*x.shape[:-1], w_eff.shape[0])
 
 
 def lora_linear_backward(
@@ -139,6 +140,7 @@ def lora_two_path(
     """See ``prelora.ops.lora_two_path``."""
     x2 = _flat(x)
     h = product(drop(x2, seed, dropout), lora_a.to(x.dtype))
+    # As nn.Linear does it: where B is zero, the result is nn.Linear's bit for bit.
     y = F.linear(x2, weight, None if bias is None else bias.to(x.dtype))
     pairs = split_lora(lora_a, lora_b.to(x.dtype), rows, ranks)
     shares = zip(y.split(list(rows), 1), h.split(list(ranks), 1), pairs, scaling, strict=True)
