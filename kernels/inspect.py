@@ -183,7 +183,7 @@ def problems(specimen: Specimen, reading: Reading) -> Iterator[str]:
         yield "no tensor-core instruction"
     if specimen.asynchronous and not reading.asynchronous:
         yield "no asynchronous copy"
-    if specimen.divisible_by_16 and reading.load_bytes < 16:
+    if specimen.wide_loads and specimen.divisible_by_16 and reading.load_bytes < 16:
         yield f"loads of {reading.load_bytes} bytes, though what is loaded is aligned"
 
 

@@ -33,9 +33,9 @@ from prelora.kernels.padding import (
 from prelora.kernels.specimen import Specimen
 from torch import Tensor
 
-PROGRAMS = 216
-"""Two programs for each of an A100's 108 SMs. A constant, so that the split, and with it every bit of the result, is
-the same on every GPU."""
+PROGRAMS = 108
+"""One for each of an A100's 108 SMs: more would write and read more partial sums. A constant, so that the split, and
+with it every bit of the result, is the same on every GPU."""
 SUM_BLOCK = 512
 """Elements of a program of the second launch: 16 bytes for each of 128 threads."""
 
@@ -59,6 +59,8 @@ def col_config(dtype: torch.dtype, block_rank: int) -> ColConfig:
     # of it for each byte of x.
     if block_rank > 128:
         return ColConfig(32, 64, 8, 4)
+    if block_rank <= 32:
+        return ColConfig(32, 256, 8, 3)
     return ColConfig(64, 128, 4 if block_rank <= 32 else 8, 3) if block_rank <= 64 else ColConfig(32, 128, 8, 4)
 
 
@@ -294,4 +296,6 @@ def _specimen(case: Case) -> Specimen:
         config.num_stages,
         frozenset(pointers) | {"in_features", "stride_xm", "stride_dym", "size_a", "size_partial", *ROW_ENDS},
         case.tensor_cores,
+        # wgmma wants tf32 operands with the tokens innermost: sm_90 and later copy them there 4 bytes at a time.
+        wide_loads=case.precision != "tf32",
     )

@@ -54,6 +54,8 @@ def row_config(dtype: torch.dtype, block_rank: int, tokens: int) -> RowConfig:
     # x the L2 cache delivers R / block_m of it, at 2.5 times DRAM's bandwidth. Warps and stages: no spills on any arch.
     if tokens <= 64 * 108:
         return RowConfig(32, 64, 4, 4 if block_rank < 128 else 3)
+    if block_rank <= 64 and tokens >= 128 * 90:
+        return RowConfig(128, 64, 8, 3)
     if block_rank < 128:
         return RowConfig(64, 64, 4, 4)
     return RowConfig(128 if block_rank == 128 else 64, 32, 8, 4)
@@ -201,7 +203,7 @@ def specimens() -> Iterator[Specimen]:
     """Every configuration of ``row_config``."""
     for case in cases(dropout=True):
         _, block_rx = rank_tiles(case.slices.rank)
-        for config in dict.fromkeys(row_config(case.dtype, block_rx, tokens) for tokens in (1, 2**20)):
+        for config in dict.fromkeys(row_config(case.dtype, block_rx, tokens) for tokens in (1, 128 * 80, 2**20)):
             yield _specimen(case, config)
 
 

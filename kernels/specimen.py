@@ -31,6 +31,8 @@ class Specimen:
     """Whether the inner loop must use tensor-core instructions."""
     asynchronous: bool = True
     """Whether tiles must be brought in by asynchronous copies."""
+    wide_loads: bool = True
+    """Whether what is aligned must be loaded 16 bytes at a time."""
     max_registers: int = 255
     max_shared: int = 99 * 1024
     """Bytes; 163 KiB are there on sm_80, 227 KiB on sm_90 and sm_100, and two programs should fit."""

@@ -62,6 +62,10 @@ class TrafficCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:
             return self._ours(func._schema.name.partition("::")[2], args)
+        with self:
+            decomposed = func.decompose(*args, **kwargs)
+        if decomposed is not NotImplemented:
+            return decomposed
         out = func(*args, **kwargs)
         name = func._schema.name
         if name == ONEDNN_LINEAR:
