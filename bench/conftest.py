@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
+import torch
 
 from bench import environment, gate
 from bench.interleave import Interleaved, NotRun, Variant
@@ -32,6 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=DEVICE.type == "cuda",
         help="also measure what torch.compile makes of the peers; the default on a GPU, minutes a cell on a CPU",
     )
+    group.addoption("--no-compiled", dest="compiled", action="store_false", help="leave compiled variants out")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -122,8 +124,6 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[str | None]:
     if not request.config.getoption("--compiled"):
         yield "Inductor takes up to two minutes for each on a CPU: ask with --compiled"
         return
-    import torch
-
     torch._dynamo.reset()
     yield None
     torch._dynamo.reset()

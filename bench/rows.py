@@ -9,7 +9,7 @@ from typing import Any
 
 from bench.interleave import WHOLE, NotRun, Role, Samples, Variant
 
-NOTICEABLE = 0.05
+NOTICEABLE = 0.1
 """Share of the cores taken by others above which a row counts as disturbed."""
 
 
