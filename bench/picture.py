@@ -143,7 +143,10 @@ def _draw_bounds(axes: Axes, cells: Rows) -> None:
 
 
 def _log_axis(axes: Axes) -> None:
-    """Plain numbers, as many as fit."""
+    """Plain numbers, as many as fit; a range too small for ticks of a logarithmic axis stays linear."""
+    low, high = axes.get_xlim()
+    if low > 0 and high / low < 1.5:
+        return
     axes.set_xscale("log")
     low, high = axes.get_xlim()
     wide = math.log10(high / low) > 1.2
