@@ -78,7 +78,7 @@ def bytes_moved(
 
 def worth_it(tokens: int, rows: Sequence[int], ranks: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether this kernel moves fewer bytes than ``lora_row`` and ``lora_col``."""
-    if padded_rank(max(ranks)) > MAX_BLOCK_RANK:
+    if tokens == 0 or padded_rank(max(ranks)) > MAX_BLOCK_RANK:
         return False
     joint, separate = bytes_moved(tokens, rows, ranks, dtype)
     return joint < separate

@@ -60,7 +60,7 @@ def lora_linear_backward(
         da, db = lora_merge_backward([dw], [lora_a], [lora_b], [len(rows)], list(rows), list(ranks), list(scaling))
         return grads + [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]
     layout = (rows, ranks, scaling)
-    if need_a and need_b and dy2.shape[0] and worth_it(dy2.shape[0], rows, ranks, dy.dtype):
+    if need_a and need_b and worth_it(dy2.shape[0], rows, ranks, dy.dtype):
         made, _ = lora_row(x2, None, lora_a, lora_b, *layout)
         ds, db = lora_dy(dy2, made, lora_b, *layout, lora_b.dtype)
         da, _ = lora_col(x2, None, None, ds, *layout, lora_a.dtype)

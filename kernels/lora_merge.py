@@ -46,6 +46,16 @@ from torch import Tensor
 
 
 @triton.jit
+def load_sizes(row_ptr, K_MULTIPLE: tl.constexpr, RANK_MULTIPLE: tl.constexpr):
+    """What every row of a table ends with: rows, k, stride of the weight's rows, rank, scaling."""
+    rows = load_size(row_ptr, 1)
+    k = load_size(row_ptr + 1, K_MULTIPLE)
+    stride = load_size(row_ptr + 2, K_MULTIPLE)
+    rank = load_size(row_ptr + 3, RANK_MULTIPLE)
+    return rows, k, stride, rank, load_float(row_ptr + 4)
+
+
+@triton.jit
 def lora_merge_kernel(
     table_ptr,  # [problems, 9]: weight, output, A, B, rows, k, stride of weight's rows, rank, scaling
     tile_ptr,  # [tiles, 2]
@@ -67,11 +77,7 @@ def lora_merge_kernel(
     out_ptr = load_address(row_ptr + 1, OUT_DTYPE, K_MULTIPLE > 1)
     a_ptr = load_address(row_ptr + 2, LORA_DTYPE, K_MULTIPLE > 1)
     b_ptr = load_address(row_ptr + 3, LORA_DTYPE, RANK_MULTIPLE > 1)
-    rows = load_size(row_ptr + 4, 1)
-    k = load_size(row_ptr + 5, K_MULTIPLE)
-    stride_wn = load_size(row_ptr + 6, K_MULTIPLE)
-    rank = load_size(row_ptr + 7, RANK_MULTIPLE)
-    scaling = load_float(row_ptr + 8)
+    rows, k, stride_wn, rank, scaling = load_sizes(row_ptr + 4, K_MULTIPLE, RANK_MULTIPLE)
 
     tiles_k = tl.cdiv(k, BLOCK_K)
     n0 = (tile // tiles_k) * BLOCK_N
@@ -118,11 +124,7 @@ def lora_merge_grad_a_kernel(
     g_ptr = load_address(row_ptr, GRAD_DTYPE, K_MULTIPLE > 1)
     b_ptr = load_address(row_ptr + 1, LORA_DTYPE, RANK_MULTIPLE > 1)
     da_ptr = load_address(row_ptr + 2, LORA_DTYPE, K_MULTIPLE > 1)
-    rows = load_size(row_ptr + 3, 1)
-    k = load_size(row_ptr + 4, K_MULTIPLE)
-    stride_gn = load_size(row_ptr + 5, K_MULTIPLE)
-    rank = load_size(row_ptr + 6, RANK_MULTIPLE)
-    scaling = load_float(row_ptr + 7)
+    rows, k, stride_gn, rank, scaling = load_sizes(row_ptr + 3, K_MULTIPLE, RANK_MULTIPLE)
 
     # Ranks vary fastest: programs that read the same columns of dW run together, and the L2 cache serves the second.
     tiles_r = tl.cdiv(rank, BLOCK_R)
@@ -166,11 +168,7 @@ def lora_merge_grad_b_kernel(
     g_ptr = load_address(row_ptr, GRAD_DTYPE, K_MULTIPLE > 1)
     a_ptr = load_address(row_ptr + 1, LORA_DTYPE, K_MULTIPLE > 1)
     db_ptr = load_address(row_ptr + 2, LORA_DTYPE, RANK_MULTIPLE > 1)
-    rows = load_size(row_ptr + 3, 1)
-    k = load_size(row_ptr + 4, K_MULTIPLE)
-    stride_gn = load_size(row_ptr + 5, K_MULTIPLE)
-    rank = load_size(row_ptr + 6, RANK_MULTIPLE)
-    scaling = load_float(row_ptr + 7)
+    rows, k, stride_gn, rank, scaling = load_sizes(row_ptr + 3, K_MULTIPLE, RANK_MULTIPLE)
 
     tiles_r = tl.cdiv(rank, BLOCK_R)
     r0 = (tile % tiles_r) * BLOCK_R

@@ -16,6 +16,17 @@ Execution = Literal["auto", "merged", "two_path"]
 PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
 
 
+def check_execution(execution: str, dropout: float, name: str) -> None:
+    """Refuse an unknown execution, and merged execution with dropout; ``name`` is what the dropout is called."""
+    if execution not in get_args(Execution):
+        raise ValueError(f"execution = {execution!r}: accepted are {', '.join(get_args(Execution))}")
+    if execution == "merged" and dropout > 0:
+        raise ValueError(
+            f"execution = 'merged' with {name} = {dropout}: dropout gives the low-rank path an input of its own, "
+            f"accepted are 'auto' and 'two_path'"
+        )
+
+
 def is_power_of_two(value: int) -> bool:
     """Whether ``value`` is 1, 2, 4, 8, …"""
     return value >= 1 and value & (value - 1) == 0
@@ -103,11 +114,7 @@ class PreLoRAConfig:
         for name in ("train_lora_a", "log_updates"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} = {getattr(self, name)!r}: accepted are True, False")
-        if self.execution == "merged" and self.lora_dropout > 0:
-            raise ValueError(
-                f"execution = 'merged' with lora_dropout = {self.lora_dropout}: dropout gives the low-rank path an "
-                f"input of its own, accepted are 'auto' and 'two_path'"
-            )
+        check_execution(self.execution, self.lora_dropout, "lora_dropout")
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
@@ -130,7 +137,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
-    "execution": get_args(Execution),
 }
 
 

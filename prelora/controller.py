@@ -187,8 +187,13 @@ class PreLoRA:
 
         ``optimizer.step`` does so itself where it was not called, and outside of the warm-up there is nothing to do.
         """
-        lora_grads_from_weights(self.base_model)
-        self._finished_step = self.step
+        if self._defers:
+            lora_grads_from_weights(self.base_model)
+            self._finished_step = self.step
+
+    @property
+    def _defers(self) -> bool:
+        return self.defer_lora_grads and self.phase == "warmup"
 
     def explain(self) -> dict[str, Choice]:
         """How each target's module computed its last input, and why, by path; empty before the switch.
@@ -357,7 +362,7 @@ class PreLoRA:
         self._watch_steps()
         # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
-        deferred = defer_lora_grads(model, self.defer_lora_grads and self.phase == "warmup")
+        deferred = defer_lora_grads(model, self._defers)
         reduced = {name for name, _ in model.named_parameters() if surgery.is_lora(name)} - set(deferred)
         self.model = distributed.rewrap(self.model, unreduced=deferred, reduced=reduced)
         return released
@@ -395,7 +400,7 @@ class PreLoRA:
 
     def _watch_steps(self) -> None:
         def before(optimizer: Optimizer, *_: Any) -> None:
-            if self._finished_step != self.step or lora_grads_pending(self.base_model):
+            if self._defers and (self._finished_step != self.step or lora_grads_pending(self.base_model)):
                 self.finish_gradients()
             self._ramp.before(optimizer, self.step)
 

@@ -18,9 +18,8 @@ from two_ranks import WORLD, Ranks
 from prelora import PreLoRA, PreLoRAConfig, distributed, monitor, surgery
 from prelora.targets import find_targets
 
-EPOCHS, STEPS, ACCUMULATE, BATCH = 5, 2, 2, 4
+EPOCHS, STEPS, ACCUMULATE, BATCH, FREEZE = 5, 2, 2, 4, 4
 CONFIG = PreLoRAConfig(k=2, m=1, tau=1e6, zeta=1e6, warmup_epochs=2, r_min=1, r_max=4)
-FREEZE = 4
 
 
 @pytest.fixture(scope="module")
@@ -126,11 +125,10 @@ def run(wrap, defer_lora_grads=False):
     return {"states": states, "events": events, "parameters": parameters, "wrap": wrap, "wrappers": wrappers}
 
 
-WAYS = [*((wrap, False) for wrap in WRAPPERS), (own_all_reduce, True), (DistributedDataParallel, True)]
-WAYS += [(compiled_in_ddp, True)]
+WAYS = {f"{wrap.__name__}{', deferred' * defer}": (wrap, defer) for wrap in WRAPPERS for defer in (False, True)}
 
 
-@pytest.fixture(scope="module", params=WAYS, ids=lambda way: way[0].__name__ + (", deferred" if way[1] else ""))
+@pytest.fixture(scope="module", params=WAYS.values(), ids=WAYS)
 def both(ranks, request):
     """The run on two ranks, wrapped in each way, with gradient accumulation and EMA."""
     return ranks(run, *request.param)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from prelora.nn.linear import LoRALinear
+from prelora.nn.linear import LoRALinear, lora_arguments
 from prelora.ops import lora_merge_backward
 
 
@@ -38,15 +38,7 @@ def lora_grads_from_weights(model: nn.Module) -> None:
     layers = _due(model)
     if not layers:
         return
-    grads = lora_merge_backward(
-        [layer.weight.grad for layer in layers],
-        [layer.lora_A for layer in layers],
-        [layer.lora_B for layer in layers],
-        [len(layer.rows) for layer in layers],
-        [n for layer in layers for n in layer.rows],
-        [r for layer in layers for r in layer.rank],
-        [s for layer in layers for s in layer.scaling],
-    )
+    grads = lora_merge_backward([layer.weight.grad for layer in layers], *lora_arguments(layers))
     for layer, grad_a, grad_b in zip(layers, grads[::2], grads[1::2], strict=True):
         layer.lora_A.grad, layer.lora_B.grad = grad_a, grad_b
 

@@ -45,9 +45,10 @@ def choose_execution(
         work: what is done with the layer.
     """
     m, k, n = tokens, in_features, sum(rows)
-    rank_elements = sum(ranks) * k + sum(r * r_i for r, r_i in zip(rows, ranks, strict=True))
+    b_elements = sum(rows_i * rank_i for rows_i, rank_i in zip(rows, ranks, strict=True))
+    rank_elements = sum(ranks) * k + b_elements
     balance = FLOPS_PER_BYTE.get(device_type, FLOPS_PER_BYTE["cuda"])[compute_bytes]
-    gemm = 2 * k * sum(r * r_i for r, r_i in zip(rows, ranks, strict=True))
+    gemm = 2 * k * b_elements
     merge = gemm / balance
     if weight_bytes == compute_bytes:
         merge += n * k * (weight_bytes + compute_bytes)

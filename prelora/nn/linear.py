@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from prelora.config import Execution
+from prelora.config import Execution, check_execution
 from prelora.nn.execution import Choice, Work, choose_execution
 from prelora.nn.shared_weight import SharedWeight
 from prelora.ops import lora_linear, lora_merge, lora_two_path
@@ -66,7 +66,7 @@ class LoRALinear(nn.Linear):
         self.rows = (out_features,) if rows is None else tuple(rows)
         self.rank = (rank,) * len(self.rows) if isinstance(rank, int) else tuple(rank)
         _check_slices(self.rows, self.rank, out_features, alpha, dropout)
-        _check_execution(execution, dropout)
+        check_execution(execution, dropout, "dropout")
         self.execution = execution
         self.alpha = alpha
         self.dropout = dropout
@@ -154,8 +154,8 @@ class LoRALinear(nn.Linear):
         """W + s·B·A, [out, in], summed in at least fp32 and then cast to the weight's dtype."""
         if self.merged:
             return self.weight.detach().clone()
-        delta = self.delta_weight()
-        return (self.weight.to(delta.dtype) + delta).to(self.weight.dtype)
+        # By its definition: a provider may round more than once.
+        return lora_merge.reference([self.weight], *lora_arguments([self]), self.weight.dtype)[0]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -238,8 +238,12 @@ class LoRALinear(nn.Linear):
     @property
     def merges_always(self) -> bool:
         """Whether the layer takes merged execution now, whatever the number of tokens."""
-        if self.execution != "auto" or self._drops or self.merged or self.weight.element_size() < 4:
-            return self.execution == "merged" and not self.merged
+        if self.merged or self._drops or self.execution == "two_path":
+            return False
+        if self.execution == "merged":
+            return True
+        if self.weight.element_size() < 4:
+            return False
         is_cast = self.weight.dtype != self.compute_dtype
         return torch.is_grad_enabled() and (is_cast or self.weight.device.type == "cuda")
 
@@ -301,26 +305,19 @@ class LoRALinear(nn.Linear):
 @torch.no_grad()
 def merged_weights(layers: Sequence[LoRALinear], dtype: torch.dtype) -> list[Tensor]:
     """W + s·B·A of every layer, [out, in] in ``dtype``, in one call; carries no gradient."""
-    return lora_merge(
-        [layer.weight for layer in layers],
+    return lora_merge([layer.weight for layer in layers], *lora_arguments(layers), dtype)
+
+
+def lora_arguments(layers: Sequence[LoRALinear]) -> tuple[Any, ...]:
+    """``lora_a``, ``lora_b``, ``slices``, ``rows``, ``ranks``, ``scaling`` of the operators that take many layers."""
+    return (
         [layer.lora_A for layer in layers],
         [layer.lora_B for layer in layers],
         [len(layer.rows) for layer in layers],
         [n for layer in layers for n in layer.rows],
         [r for layer in layers for r in layer.rank],
         [s for layer in layers for s in layer.scaling],
-        dtype,
     )
-
-
-def _check_execution(execution: str, dropout: float) -> None:
-    if execution not in get_args(Execution):
-        raise ValueError(f"execution = {execution!r}: accepted are {', '.join(get_args(Execution))}")
-    if execution == "merged" and dropout > 0:
-        raise ValueError(
-            f"execution = 'merged' with dropout = {dropout}: dropout gives the low-rank path an input of its own, "
-            f"accepted are 'auto' and 'two_path'"
-        )
 
 
 def _check_slices(

@@ -70,16 +70,21 @@ def _close(layers: Sequence[LoRALinear]) -> None:
         layer._shared = None
 
 
-def _before_forward(model: nn.Module, _: Any) -> None:
+def _groups(model: nn.Module) -> bool:
+    """Whether this forward merges all layers at once; on a CPU no forward walks the model for nothing."""
     if torch.compiler.is_compiling():
-        return
+        return False
     first = next(model.parameters(), None)
-    if first is not None and first.device.type in GROUPED_DEVICES:
+    return first is not None and first.device.type in GROUPED_DEVICES
+
+
+def _before_forward(model: nn.Module, _: Any) -> None:
+    if _groups(model):
         _open(model, forward_only=True)
 
 
 def _after_forward(model: nn.Module, _: Any, __: Any) -> None:
-    if torch.compiler.is_compiling():
+    if not _groups(model):
         return
     layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
     _close([layer for layer in layers if layer._shared is not None and layer._shared.forward_only])

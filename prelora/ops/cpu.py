@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prelora.ops.dropout import drop
 from prelora.ops.gemm import product
-from prelora.ops.slices import by_layer, split_lora
+from prelora.ops.slices import by_layer, split_b, split_lora
 
 
 def lora_merge(
@@ -142,9 +142,9 @@ def lora_two_path(
     h = product(drop(x2, seed, dropout), lora_a.to(x.dtype))
     # As nn.Linear does it: where B is zero, the result is nn.Linear's bit for bit.
     y = F.linear(x2, weight, None if bias is None else bias.to(x.dtype))
-    pairs = split_lora(lora_a, lora_b.to(x.dtype), rows, ranks)
-    shares = zip(y.split(list(rows), 1), h.split(list(ranks), 1), pairs, scaling, strict=True)
-    for y_i, h_i, (_, b_i), s_i in shares:
+    blocks = split_b(lora_b.to(x.dtype), rows, ranks)
+    shares = zip(y.split(list(rows), 1), h.split(list(ranks), 1), blocks, scaling, strict=True)
+    for y_i, h_i, b_i, s_i in shares:
         y_i.addmm_(h_i, b_i.t(), alpha=s_i)
     return y.view(*x.shape[:-1], y.shape[1]), h.view(*x.shape[:-1], h.shape[1])
 
@@ -221,9 +221,8 @@ def _shrunk_gradient(
     parts: Sequence[Tensor], lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
 ) -> Tensor:
     """dS [tokens, sum of ranks], dS_i = s_i · dy_i · B_i, from dy by slices."""
-    blocks = lora_b.reshape(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
-    shares = zip(parts, blocks, rows, ranks, scaling, strict=True)
-    ds = [product(dy_i, (s_i * block).to(dy_i.dtype).view(n, r).t()) for dy_i, block, n, r, s_i in shares]
+    shares = zip(parts, split_b(lora_b, rows, ranks), scaling, strict=True)
+    ds = [product(dy_i, (s_i * b_i).to(dy_i.dtype).t()) for dy_i, b_i, s_i in shares]
     return ds[0] if len(ds) == 1 else torch.cat(ds, 1)
 
 
@@ -237,8 +236,8 @@ def _grad_b(
 ) -> Tensor:
     """dB_i = s_i · dy_iᵀ · S_i, packed as B is, from dy by slices."""
     grad = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
-    blocks = grad.view(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
-    for dy_i, share, block, n, r, s_i in zip(parts, s.split(list(ranks), 1), blocks, rows, ranks, scaling, strict=True):
+    shares = zip(parts, s.split(list(ranks), 1), split_b(grad, rows, ranks), scaling, strict=True)
+    for dy_i, share, out, s_i in shares:
         # As S_iᵀ·dy_i, along whose long rows the product runs faster.
-        torch.mul(product(share.t(), dy_i.t()).t(), s_i, out=block.view(n, r))
+        torch.mul(product(share.t(), dy_i.t()).t(), s_i, out=out)
     return grad

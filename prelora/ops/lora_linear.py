@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prelora.ops.lora_merge import lora_merge_backward
-from prelora.ops.slices import split_lora
+from prelora.ops.slices import split_b
 from prelora.ops.support import cpu_refusal, triton_refusal
 from prelora.registry import autocast, autograd, define
 
@@ -105,13 +105,11 @@ def adapter_gradients(
     need_b: bool,
 ) -> list[Tensor]:
     """The needed ones of dA and dB from activations [tokens, ·] alone, as ``lora_linear_backward`` says."""
-    parts = list(
-        zip(dy.split(list(rows), 1), split_lora(lora_a, lora_b.to(dy.dtype), rows, ranks), scaling, strict=True)
-    )
+    parts = list(zip(dy.split(list(rows), 1), split_b(lora_b.to(dy.dtype), rows, ranks), scaling, strict=True))
     grads = []
     if need_a:
         assert x is not None
-        ds = torch.cat([s_i * (dy_i @ b_i) for dy_i, (_, b_i), s_i in parts], 1)
+        ds = torch.cat([s_i * (dy_i @ b_i) for dy_i, b_i, s_i in parts], 1)
         grads.append((ds.t() @ x).to(lora_a.dtype))
     if need_b:
         if s is None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prelora.ops.dropout import drop
 from prelora.ops.lora_linear import adapter_gradients
-from prelora.ops.slices import split_lora
+from prelora.ops.slices import split_b
 from prelora.ops.support import cpu_refusal, triton_refusal
 from prelora.registry import autocast, autograd, define
 
@@ -47,8 +47,8 @@ def lora_two_path(
     y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     x2 = drop(x.reshape(-1, x.shape[-1]), seed, dropout)
     h = x2 @ lora_a.to(x.dtype).t()
-    slices = zip(h.split(list(ranks), 1), split_lora(lora_a, lora_b.to(x.dtype), rows, ranks), scaling, strict=True)
-    update = torch.cat([s_i * (h_i @ b_i.t()) for h_i, (_, b_i), s_i in slices], 1)
+    slices = zip(h.split(list(ranks), 1), split_b(lora_b.to(x.dtype), rows, ranks), scaling, strict=True)
+    update = torch.cat([s_i * (h_i @ b_i.t()) for h_i, b_i, s_i in slices], 1)
     return y + update.view(y.shape), h.view(*x.shape[:-1], h.shape[-1])
 
 
@@ -88,10 +88,8 @@ def lora_two_path_backward(
     x2 = None if x is None else x.reshape(-1, x.shape[-1])
     if need_x:
         assert weight is not None
-        shares = zip(
-            dy2.split(list(rows), 1), split_lora(lora_a, lora_b.to(dy.dtype), rows, ranks), scaling, strict=True
-        )
-        ds = torch.cat([s_i * (dy_i @ b_i) for dy_i, (_, b_i), s_i in shares], 1)
+        shares = zip(dy2.split(list(rows), 1), split_b(lora_b.to(dy.dtype), rows, ranks), scaling, strict=True)
+        ds = torch.cat([s_i * (dy_i @ b_i) for dy_i, b_i, s_i in shares], 1)
         dx = dy2 @ weight + drop(ds @ lora_a.to(dy.dtype), seed, dropout)
         grads.append(dx.view(*dy.shape[:-1], weight.shape[1]))
     if need_weight:

@@ -9,6 +9,12 @@ import torch
 from torch import Tensor
 
 
+def split_b(lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
+    """Views B_i [rows_i, rank_i] of each slice; arguments as in ``split_lora``."""
+    blocks = lora_b.reshape(-1).split([n * r for n, r in zip(rows, ranks, strict=True)])
+    return [block.view(n, r) for block, n, r in zip(blocks, rows, ranks, strict=True)]
+
+
 def split_lora(
     lora_a: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
@@ -20,9 +26,7 @@ def split_lora(
         rows: rows of each slice, in order; they sum to the out features.
         ranks: rank of each slice.
     """
-    sizes = [n * r for n, r in zip(rows, ranks, strict=True)]
-    blocks = lora_b.reshape(-1).split(sizes)
-    return [(a, b.view(n, r)) for a, b, n, r in zip(lora_a.split(list(ranks)), blocks, rows, ranks, strict=True)]
+    return list(zip(lora_a.split(list(ranks)), split_b(lora_b, rows, ranks), strict=True))
 
 
 def lora_delta(
