@@ -29,6 +29,15 @@ SCALE_SIGNATURE = dict.fromkeys(("scale_0", "scale_1", "scale_2"), "fp32")
 """Arguments of the kernels that serve several slices, in order, for ``Specimen.signature``."""
 
 
+def slices_refusal(rows: Sequence[int], ranks: Sequence[int]) -> str | None:
+    """Why the kernels cannot serve these slices; None: they can."""
+    if not 1 <= len(rows) <= MAX_SLICES:
+        return f"{len(rows)} row slices: the kernels take 1 to {MAX_SLICES}"
+    if not all(1 <= rank <= MAX_RANK for rank in ranks):
+        return f"ranks {tuple(ranks)}: the kernels take 1 to {MAX_RANK}"
+    return None
+
+
 @dataclass(frozen=True)
 class Slices:
     """Row slices of one weight, as the launchers take them."""
@@ -40,10 +49,8 @@ class Slices:
     def __post_init__(self) -> None:
         if not len(self.rows) == len(self.ranks) == len(self.scaling):
             raise ValueError(f"{len(self.rows)} row slices, {len(self.ranks)} ranks, {len(self.scaling)} scalings")
-        if not 1 <= len(self.rows) <= MAX_SLICES:
-            raise ValueError(f"{len(self.rows)} row slices: the kernels take 1 to {MAX_SLICES}")
-        if not all(1 <= rank <= MAX_RANK for rank in self.ranks):
-            raise ValueError(f"ranks {self.ranks}: the kernels take 1 to {MAX_RANK}")
+        if reason := slices_refusal(self.rows, self.ranks):
+            raise ValueError(reason)
 
     @property
     def count(self) -> int:

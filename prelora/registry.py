@@ -152,14 +152,18 @@ def use_provider(name: str | None) -> Iterator[None]:
         _asked.pop()
 
 
-def first_tensor(args: Sequence[Any]) -> Tensor | None:
-    """The first tensor among an operator's arguments, also in lists."""
+def tensors_of(args: Sequence[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments, also in lists."""
     for arg in args:
         if isinstance(arg, Tensor):
-            return arg
-        if isinstance(arg, (list, tuple)) and arg and isinstance(arg[0], Tensor):
-            return arg[0]
-    return None
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from (item for item in arg if isinstance(item, Tensor))
+
+
+def lower(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast casts: to its dtype, but for float64, which it leaves alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.library import opcheck
 
+from prelora.nn import LoRALinear
 from prelora.ops import (
     lora_linear,
     lora_linear_backward,
@@ -376,6 +377,16 @@ def test_autocast_is_the_same_eager_and_compiled(layer, backend):
     assert [tensor.dtype for tensor in results[0]] == [torch.bfloat16] + [torch.float32] * 5
     for eager, compiled in zip(*results, strict=True):
         assert torch.equal(eager, compiled)
+
+
+@pytest.mark.parametrize("execution", ["merged", "two_path"])
+def test_autocast_leaves_float64_alone_as_it_does_in_a_linear(execution):
+    layer = LoRALinear(8, 8, rank=2, dtype=torch.float64, execution=execution)
+    x = torch.ones(3, 8, dtype=torch.float64)
+    expected = layer(x)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x), expected)
 
 
 def test_autocast_leaves_norms_and_merges_wide():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from prelora.errors import ProviderError
-from prelora.ops import lora_merge, weight_norms
+from prelora.ops import lora_linear_backward, lora_merge, lora_two_path, weight_norms
 from prelora.registry import OPERATORS, REFERENCE, use_provider
 
 TENSORS = [torch.ones(2, 2)]
@@ -109,3 +109,36 @@ def test_info_prints_every_operator_and_provider_with_its_reason():
         assert [row[1] for row in rows] == ["cpu", "triton", REFERENCE]
     if not torch.cuda.is_available():
         assert any("no CUDA device is available" in line for line in lines)
+
+
+def linear_backward(rank, slices=1, need=(True, False, False, True, True)):
+    x, w_eff = torch.ones(2, 4), torch.ones(slices * 3, 4)
+    lora_a, lora_b = torch.ones(slices * rank, 4), torch.ones(slices * 3 * rank)
+    layout = ([3] * slices, [rank] * slices, [1.0] * slices)
+    return [torch.ones(2, slices * 3), x, None, w_eff, lora_a, lora_b, *layout, list(need)]
+
+
+def two_path(rank):
+    tensors = [torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(rank, 4), torch.ones(3 * rank)]
+    return [*tensors, [3], [rank], [1.0], 0.0, None]
+
+
+TOO_MUCH = {
+    "rank": (lora_linear_backward, linear_backward(129), r"ranks \(129,\): the kernels take 1 to 128"),
+    "slices": (lora_linear_backward, linear_backward(2, 4), "4 row slices: the kernels take 1 to 3"),
+    "two_path": (lora_two_path, two_path(129), r"ranks \(129,\): the kernels take 1 to 128"),
+    "second tensor": (weight_norms, [[torch.ones(2), torch.ones(2).double()], False], "float64 has no Triton kernel"),
+}
+
+
+@pytest.mark.parametrize(("operator", "arguments", "reason"), TOO_MUCH.values(), ids=TOO_MUCH)
+def test_what_the_kernels_cannot_take_they_refuse_beforehand(operator, arguments, reason, monkeypatch):
+    with use_provider("triton"), pytest.raises(ProviderError, match=reason):
+        operator(*arguments)
+    monkeypatch.setattr(operator, "providers", [p for p in operator.providers if p.name == "triton"])
+    assert operator.chosen(*arguments) == REFERENCE
+
+
+def test_while_the_weight_trains_any_rank_is_taken():
+    with use_provider("triton"):
+        assert lora_linear_backward.chosen(*linear_backward(129, need=[True] * 5)) == "triton"

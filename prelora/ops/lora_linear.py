@@ -11,8 +11,8 @@ from torch import Tensor
 
 from prelora.ops.lora_merge import lora_merge_backward
 from prelora.ops.slices import split_b
-from prelora.ops.support import cpu_refusal, triton_refusal
-from prelora.registry import autocast, autograd, define
+from prelora.ops.support import cpu_refusal, triton_refusal, triton_slices_refusal
+from prelora.registry import autocast, autograd, define, lower
 
 
 @define
@@ -142,12 +142,21 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _cast(dtype: torch.dtype, x: Tensor, w_eff: Tensor, *rest: Any) -> tuple[Any, ...]:
     # W, A, B and b stay as they are: W is not read at all, the others are small and cast inside.
-    return x.to(dtype), w_eff.to(dtype), *rest
+    return lower(x, dtype), lower(w_eff, dtype), *rest
+
+
+def _triton_backward_refusal(*args: Any) -> str | None:
+    reason = triton_refusal(*args)
+    if reason or not args:
+        return reason
+    rows, ranks, need = args[6], args[7], args[9]
+    by_weight = need[1]  # then A's and B's gradients are made of dW, at any rank
+    return None if by_weight else triton_slices_refusal(rows, ranks)
 
 
 autograd(lora_linear, _backward, _setup_context)
 autocast(lora_linear, _cast)
 autocast(lora_linear_backward, lambda dtype, *args: args)
-for _operator in (lora_linear, lora_linear_backward):
+for _operator, _refusal in ((lora_linear, triton_refusal), (lora_linear_backward, _triton_backward_refusal)):
     _operator.provider("cpu", "prelora.ops.cpu", cpu_refusal)
-    _operator.provider("triton", "prelora.kernels.lora_linear", triton_refusal)
+    _operator.provider("triton", "prelora.kernels.lora_linear", _refusal)

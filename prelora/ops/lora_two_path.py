@@ -12,8 +12,8 @@ from torch import Tensor
 from prelora.ops.dropout import drop
 from prelora.ops.lora_linear import adapter_gradients
 from prelora.ops.slices import split_b
-from prelora.ops.support import cpu_refusal, triton_refusal
-from prelora.registry import autocast, autograd, define
+from prelora.ops.support import cpu_refusal, triton_refusal, triton_slices_refusal
+from prelora.registry import autocast, autograd, define, lower
 
 
 @define
@@ -130,7 +130,13 @@ def _backward(ctx: Any, dy: Tensor | None, dh: Tensor | None) -> tuple[Tensor | 
 
 def _cast(dtype: torch.dtype, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Any, ...]:
     # A, B and b stay as they are: small, and cast inside.
-    return x.to(dtype), weight.to(dtype), *rest
+    return lower(x, dtype), lower(weight, dtype), *rest
+
+
+def _triton_refusal(*args: Any) -> str | None:
+    # Forward has rows and ranks after five arguments, backward after six.
+    layout = [arg for arg in args if isinstance(arg, (list, tuple))]
+    return triton_refusal(*args) or (triton_slices_refusal(*layout[:2]) if layout else None)
 
 
 autograd(lora_two_path, _backward, _setup_context)
@@ -138,4 +144,4 @@ autocast(lora_two_path, _cast)
 autocast(lora_two_path_backward, lambda dtype, *args: args)
 for _operator in (lora_two_path, lora_two_path_backward):
     _operator.provider("cpu", "prelora.ops.cpu", cpu_refusal)
-    _operator.provider("triton", "prelora.kernels.lora_two_path", triton_refusal)
+    _operator.provider("triton", "prelora.kernels.lora_two_path", _triton_refusal)
