@@ -29,7 +29,9 @@ def verdict(operator: str, file: Path = TESTS) -> Verdict:
     environment = {name: value for name, value in os.environ.items() if name != "PRELORA_PROVIDER"}
     environment["OMP_NUM_THREADS"] = "1"  # their tensors are small: threads would only wait for each other
     plugins = ["-p", "no:cacheprovider", "-p", "no:benchmark"]
-    command = [sys.executable, "-m", "pytest", str(file), "-k", operator, "-x", "--tb=line", "--color=no", *plugins]
+    # With its own folder as root: -k also looks at the folders above a file, whose names say nothing of operators.
+    select = ["--rootdir", str(file.parent), str(file), "-k", operator]
+    command = [sys.executable, "-m", "pytest", *select, "-x", "--tb=line", "--color=no", *plugins]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if line.strip()] or result.stderr.splitlines() or ["no output"]
     failures = [line for line in lines if line.startswith(("FAILED", "ERROR"))][:1]

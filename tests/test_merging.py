@@ -140,6 +140,17 @@ def test_a_change_inside_a_block_is_seen_but_through_data(attack):
         torch.testing.assert_close(module(x), value(module, x))
 
 
+def test_new_data_at_the_address_of_the_old_is_seen():
+    module, x = layer(execution="merged"), draw(9, 24)
+    with merge_once(module):
+        for seed in range(20):
+            module(x)
+            module.lora_A.data = torch.empty(0)  # its memory is free for what comes next
+            module.lora_A.data = draw(16, 24, seed=seed)
+
+            torch.testing.assert_close(module(x), value(module, x))
+
+
 def test_a_change_before_backward_does_not_reach_the_forward_that_was():
     module, x = layer(execution="merged"), draw(9, 24).requires_grad_()
     module.weight.requires_grad_(False)
