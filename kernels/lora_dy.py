@@ -54,7 +54,7 @@ def dy_config(dtype: torch.dtype, block_rank: int) -> DyConfig:
     # Tiles as wide as registers allow, since every tile of columns writes its part of dS in fp32.
     if dtype == torch.float32:
         return DyConfig(16, 128, 8, 3) if block_rank <= 16 else DyConfig(16, 64, 4, 3)
-    return DyConfig(32, 512, 8, 2) if block_rank <= 16 else DyConfig(32, 256, 8, 3)
+    return DyConfig(32, 512, 8, 2)
 
 
 def bytes_moved(

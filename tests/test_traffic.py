@@ -50,13 +50,13 @@ def test_flops_of_a_lora_layer_are_those_of_the_plan(provider):
 
 
 @pytest.mark.parametrize("name", vit_layers("ViT-L", 8, IMAGES))
-@pytest.mark.parametrize(("rank", "most"), [(8, 1.62), (16, 1.75), (32, 2.2)])
+@pytest.mark.parametrize(("rank", "most"), [(8, 1.55), (16, 1.65), (32, 1.85)])
 def test_triton_kernels_stay_near_the_floor_at_vit_l_shapes(name, rank, most):
     assert ratios(rank, "triton")[name] <= most
 
 
-@pytest.mark.parametrize(("rank", "most"), [(8, 1.48), (16, 1.55)])
-def test_over_a_block_of_vit_l_the_kernels_move_at_most_155_percent_of_the_floor(rank, most):
+@pytest.mark.parametrize(("rank", "most"), [(8, 1.48), (16, 1.53), (32, 1.67)])
+def test_over_a_block_of_vit_l_the_kernels_stay_nearer_still(rank, most):
     assert ratios(rank, "triton")["block"] <= most
 
 
