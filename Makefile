@@ -20,10 +20,10 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# pip, and no build isolation: torch is some gigabytes, and once is enough.
-$(VENV)/.installed: pyproject.toml setup.py
+# pip, and no build isolation: torch is some gigabytes, and once is enough. prelora._C is built against it.
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel torch torchvision
+	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja torch torchvision
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,transformers,peft,dev]"
 	touch $@
 

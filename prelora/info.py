@@ -10,6 +10,7 @@ import torch
 
 import prelora
 import prelora.ops
+from prelora import _ext
 from prelora.registry import ENVIRONMENT, OPERATORS, REFERENCE
 
 PACKAGES = ("triton", "timm", "transformers", "peft", "nvidia-dali-cuda130")
@@ -29,6 +30,7 @@ def versions() -> list[str]:
         f"{'torch':{NAME}}{torch.__version__}, {torch.get_num_threads()} threads, CPU capability "
         f"{torch.backends.cpu.get_cpu_capability()}, oneDNN {'yes' if torch.backends.mkldnn.is_available() else 'no'}",
     ]
+    lines.append(f"{'prelora._C':{NAME}}{_ext.description()}")
     for package in PACKAGES:
         try:
             lines.append(f"{package:{NAME}}{importlib.metadata.version(package)}")

@@ -27,8 +27,9 @@ def run(command, cwd, **environment):
     return result.stdout
 
 
-def pip(*arguments, cwd):
-    run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", "--no-index"], cwd)
+def pip(*arguments, cwd, **environment):
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", "--no-index"]
+    run(command, cwd, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def wheel(tmp_path_factory):
         if name and (ROOT / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, copy / name)
-    pip("wheel", "--no-build-isolation", "-w", built, ".", cwd=copy)
+    pip("wheel", "--no-build-isolation", "-w", built, ".", cwd=copy, PRELORA_CUDA="0")  # nvcc would take a minute
     (path,) = built.iterdir()
     return path
 
@@ -101,6 +102,14 @@ def test_the_wheel_holds_nothing_else_but_its_marker_and_metadata(members):
     assert {name.split("/")[0] for name in members} == {"prelora", f"prelora-{prelora.__version__}.dist-info"}
 
 
+def test_the_wheel_holds_the_extension_for_any_python(wheel, members):
+    if shutil.which("g++") is None:
+        pytest.skip("there is no g++ to build it")
+
+    assert {name for name in members if name.endswith(".so")} == {"prelora/_C.abi3.so"}
+    assert "-cp310-abi3-" in wheel.name
+
+
 def test_the_wheel_carries_the_licence(wheel, members):
     (name,) = [name for name in members if name.endswith("/LICENSE")]
 
@@ -132,6 +141,14 @@ def test_every_subpackage_imports_from_the_installed_wheel(installed, tmp_path):
     found = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed)).splitlines()
 
     assert found == [str(installed / name.replace(".", "/") / "__init__.py") for name in packages]
+
+
+def test_the_installed_extension_loads(installed, tmp_path):
+    code = "from prelora import _ext; print(_ext.reason(), _ext.__file__)"
+
+    shown = run([sys.executable, "-c", code], tmp_path, PYTHONPATH=str(installed)).split()
+
+    assert shown == ["None", str(installed / "prelora" / "_ext.py")]
 
 
 def test_the_installed_command_runs(installed, tmp_path):
