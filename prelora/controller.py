@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prelora import distributed, monitor, optim, surgery
+from prelora import _ext, distributed, monitor, optim, surgery
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
@@ -210,12 +210,15 @@ class PreLoRA:
     def merged_state_dict(self, ema: bool = False) -> dict[str, Tensor]:
         """State dict of the plain timm or transformers model, of the weights or of their average.
 
+        On a CPU, memory that is kept from one step's effective weights for the next one's is given back first.
+
         Raises:
             ValueError: ``ema`` without one.
         """
         model = self._averaged if ema else self.base_model
         if model is None:
             raise ValueError("merged_state_dict(ema=True): PreLoRA was given no ema")
+        _ext.release_memory()
         return surgery.merged_state_dict(model)
 
     def state_dict(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,13 +52,14 @@ class Provider:
 class Operator:
     """An operator of ``torch.ops.prelora``, called with the signature of its reference."""
 
-    def __init__(self, reference: Callable[..., Any]) -> None:
+    def __init__(self, reference: Callable[..., Any], mutates: Sequence[str] = ()) -> None:
         self.name: str = reference.__name__
         self.reference = reference
         """What the operator means, in plain PyTorch: the oracle, the fake, and the last provider."""
         self.providers: list[Provider] = []
         """In order of preference; the reference comes after them."""
-        schema = torch.library.infer_schema(reference, mutates_args=())
+        self._mutated = [i for i, name in enumerate(inspect.signature(reference).parameters) if name in mutates]
+        schema = torch.library.infer_schema(reference, mutates_args=mutates)
         _library.define(self.name + schema)
         _library.impl(self.name, self._serve, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{self.name}", reference, lib=_library)
@@ -102,12 +104,15 @@ class Operator:
         return getattr(importlib.import_module(module), self.name)
 
     def _serve(self, *args: Any) -> Any:
-        return self.implementation(self.chosen(*args))(*args)
+        result = self.implementation(self.chosen(*args))(*args)
+        if self._mutated:  # autograd then sees that what it saved was written to, as after torch's own methods
+            torch.autograd.graph.increment_version(tensors_of([args[i] for i in self._mutated]))
+        return result
 
 
-def define(reference: Callable[..., Any]) -> Operator:
-    """Make an operator of its reference; the schema is that of the signature."""
-    operator = Operator(reference)
+def define(reference: Callable[..., Any], mutates: Sequence[str] = ()) -> Operator:
+    """Make an operator of its reference; the schema is that of the signature, and that it writes to ``mutates``."""
+    operator = Operator(reference, mutates)
     OPERATORS[operator.name] = operator
     return operator
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("surgery", "optim", "distributed", "monitor", "targets", "checkpoint"),
     ("nn",),
     ("ops",),
-    ("kernels", "registry"),
+    ("kernels", "registry", "_ext"),
     ("convergence", "ranks", "data"),
     ("config", "errors", "exits", "files"),
 )

@@ -6,18 +6,20 @@ from torch.library import opcheck
 
 from prelora.nn import LoRALinear
 from prelora.ops import (
+    grouped_gemm,
+    grouped_gemm_,
     lora_linear,
     lora_linear_backward,
     lora_merge,
     lora_merge_backward,
     lora_two_path,
     lora_two_path_backward,
+    merged_norms,
     weight_norms,
 )
-from prelora.ops.cases import SMALL, linear_tensors, merge_arguments
+from prelora.ops.cases import GROUPS, SMALL, group_arguments, linear_tensors, merge_arguments
 from prelora.registry import OPERATORS, REFERENCE, use_provider
 
-PROVIDERS = sorted({REFERENCE} | {p.name for operator in OPERATORS.values() for p in operator.providers})
 EPS = {torch.float64: 2.3e-16, torch.float32: 1.2e-7, torch.float16: 9.8e-4, torch.bfloat16: 7.9e-3}
 ALL = [True] * 5
 NEEDS = [[bool(mask >> bit & 1) for bit in range(5)] for mask in range(32)]
@@ -26,6 +28,20 @@ NEEDS = [[bool(mask >> bit & 1) for bit in range(5)] for mask in range(32)]
 def skip_what_has_no_provider(provider, dtype):
     if provider == "triton" and dtype in (torch.float64, torch.bfloat16):
         pytest.skip("float64 has no Triton kernel, and Triton's interpreter keeps bf16 as integers")
+
+
+def skip_what_is_not_built(operator, provider, arguments):
+    """The extension has no float64, may be without CUDA, or not be there at all: the rest must serve."""
+    for candidate in operator.providers:
+        built = candidate.name != provider or candidate.module != "prelora.ops.grouped"
+        if reason := None if built else candidate.refusal() or candidate.refusal(*arguments):
+            pytest.skip(reason)
+
+
+def providers_of(*operators):
+    """A test for each provider that these operators have."""
+    names = dict.fromkeys([REFERENCE, *(p.name for operator in operators for p in operator.providers)])
+    return pytest.mark.parametrize("provider", names)
 
 
 def flat(result):
@@ -45,7 +61,8 @@ def magnitude(value):
     """As ``double``, without signs: what the result's terms add up to where nothing cancels."""
     if isinstance(value, torch.Tensor):
         return value.abs() if value.is_floating_point() else value
-    return [item.abs() for item in value] if isinstance(value, list) and isinstance(value[0], torch.Tensor) else value
+    signed = isinstance(value, list) and value and isinstance(value[0], (torch.Tensor, float))
+    return [abs(item) for item in value] if signed else value
 
 
 def assert_serves(operator, provider, arguments, dtype, roundings=8):
@@ -53,6 +70,7 @@ def assert_serves(operator, provider, arguments, dtype, roundings=8):
     wide = [double(argument) for argument in arguments]
     expected = flat(operator.reference(*wide))
     scale = flat(operator.reference(*[magnitude(argument) for argument in wide]))
+    skip_what_is_not_built(operator, provider, arguments)
     with use_provider(provider):
         actual = flat(operator(*arguments))
     assert len(actual) == len(expected)
@@ -84,12 +102,11 @@ def two_path_arguments(case, dtype, wide=None, dropout=0.0):
 
 
 matrix = pytest.mark.parametrize("case", SMALL.values(), ids=SMALL)
-providers = pytest.mark.parametrize("provider", PROVIDERS)
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
 @matrix
-@providers
+@providers_of(lora_linear)
 @dtypes
 class TestValues:
     def test_lora_linear(self, case, provider, dtype):
@@ -117,13 +134,14 @@ class TestValues:
         assert_serves(lora_two_path_backward, provider, [*arguments, ALL], dtype)
 
 
-@providers
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@providers_of(lora_merge)
+@dtypes
 @pytest.mark.parametrize("wide", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_lora_merge_sums_wide(provider, dtype, wide):
     skip_what_has_no_provider(provider, dtype)
     skip_what_has_no_provider(provider, wide)
     arguments = merge_arguments([*SMALL.values()], dtype, wide)
+    skip_what_is_not_built(lora_merge, provider, arguments)
 
     wide_arguments = [double(argument) for argument in arguments]
     expected = lora_merge.reference(*wide_arguments)
@@ -140,7 +158,7 @@ def test_lora_merge_sums_wide(provider, dtype, wide):
         assert ((mine.double() - right).abs() <= 1.01 * allowed + 6e-8).all()
 
 
-@providers
+@providers_of(lora_merge_backward)
 @dtypes
 def test_lora_merge_backward(provider, dtype):
     skip_what_has_no_provider(provider, dtype)
@@ -148,7 +166,7 @@ def test_lora_merge_backward(provider, dtype):
     assert_serves(lora_merge_backward, provider, [weights, *adapters], dtype)
 
 
-@providers
+@providers_of(weight_norms)
 @pytest.mark.parametrize("squared", [True, False])
 def test_weight_norms_of_mixed_shapes_dtypes_and_strides(provider, squared):
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +181,7 @@ def test_weight_norms_of_mixed_shapes_dtypes_and_strides(provider, squared):
     torch.testing.assert_close(actual.double(), expected if squared else expected.sqrt(), rtol=1e-6, atol=0)
 
 
-@providers
+@providers_of(weight_norms)
 def test_weight_norms_of_four_million_elements_are_right_to_a_millionth(provider):
     if provider == "triton":
         pytest.skip("millions of elements take minutes in Triton's interpreter")
@@ -175,6 +193,27 @@ def test_weight_norms_of_four_million_elements_are_right_to_a_millionth(provider
         norm = weight_norms([weight], False)
 
     assert norm.item() == pytest.approx(weight.double().norm().item(), rel=1e-6)
+
+
+@providers_of(merged_norms)
+@pytest.mark.parametrize("squared", [True, False])
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_merged_norms_of_every_slice_are_right_to_a_millionth(provider, squared, wide):
+    arguments = [*merge_arguments([*SMALL.values()], wide, wide)[:-1], squared]
+    skip_what_is_not_built(merged_norms, provider, arguments)
+
+    with use_provider(provider):
+        actual = merged_norms(*arguments)
+
+    assert actual.dtype == (torch.float64 if wide == torch.float64 else torch.float32)
+    torch.testing.assert_close(actual.double(), merged_norms.reference(*map(double, arguments)), rtol=1e-6, atol=0)
+
+
+@providers_of(grouped_gemm)
+@dtypes
+@pytest.mark.parametrize("case", GROUPS.values(), ids=GROUPS)
+def test_grouped_gemm(case, provider, dtype):
+    assert_serves(grouped_gemm, provider, group_arguments(case, [dtype] * 4), dtype)
 
 
 @pytest.fixture
@@ -221,15 +260,26 @@ def samples():
         forward, backward = two_path_arguments(SLICED, torch.float64, dropout=dropout)
         yield lora_two_path, needs_grad(forward)
         yield lora_two_path_backward, [*backward, [True, False, True, False, True]]
-    merged = merge_arguments([SLICED, SMALL["rank 1"]], torch.float64, torch.float64)
-    yield lora_merge, [needs_grad(tensors) for tensors in merged[:3]] + merged[3:]
-    yield lora_merge_backward, merged[:-1]
+    for dtype in (torch.float64, torch.float32):  # the extension has no float64
+        merged = merge_arguments([SLICED, SMALL["rank 1"]], dtype, dtype)
+        yield lora_merge, [needs_grad(tensors) for tensors in merged[:3]] + merged[3:]
+        yield lora_merge_backward, merged[:-1]
+        yield merged_norms, [*merged[:-1], False]
+        a, b, d, *rest, _ = group_arguments(GROUPS["every layout"], [dtype] * 4)
+        yield grouped_gemm, [needs_grad(a), needs_grad(b), needs_grad(d), *rest, dtype]
+        yield grouped_gemm_, [a, b, d, [torch.empty_like(d_i) for d_i in d], *rest]
     yield weight_norms, [[torch.randn(5, 4, dtype=torch.float64), torch.randn(3)], False]
 
 
-@pytest.mark.parametrize("provider", [REFERENCE, "cpu"])
-@pytest.mark.parametrize(("operator", "arguments"), list(samples()), ids=lambda value: getattr(value, "name", ""))
+def checks():
+    for operator, arguments in samples():
+        for provider in (REFERENCE, *(p.name for p in operator.providers if p.name in ("grouped", "cpu"))):
+            yield pytest.param(operator, arguments, provider, id=f"{operator.name}-{provider}")
+
+
+@pytest.mark.parametrize(("operator", "arguments", "provider"), list(checks()))
 def test_opcheck(operator, arguments, provider):
+    skip_what_is_not_built(operator, provider, arguments)
     with use_provider(provider):
         opcheck(operator.op, tuple(arguments))
 

@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from prelora import _ext
 from prelora.errors import ProviderError
 from prelora.ops import lora_linear_backward, lora_merge, lora_two_path, weight_norms
 from prelora.registry import OPERATORS, REFERENCE, use_provider
@@ -13,12 +14,25 @@ from prelora.registry import OPERATORS, REFERENCE, use_provider
 TENSORS = [torch.ones(2, 2)]
 
 
-def test_on_the_cpu_the_cpu_provider_is_chosen_before_the_interpreter():
-    assert {operator.chosen(TENSORS) for operator in OPERATORS.values()} == {"cpu"}
+def test_on_the_cpu_a_provider_for_it_is_chosen_before_the_interpreter():
+    chosen = {operator.chosen(TENSORS) for operator in OPERATORS.values()}
+
+    assert chosen <= ({"cpu", "grouped"} if _ext.reason() is None else {"cpu", REFERENCE})
 
 
-def test_every_operator_has_the_same_providers_in_the_same_order():
-    assert {tuple(p.name for p in operator.providers) for operator in OPERATORS.values()} == {("cpu", "triton")}
+def test_operators_have_their_providers_in_order():
+    providers = {name: tuple(p.name for p in operator.providers) for name, operator in OPERATORS.items()}
+
+    assert {name for name, names in providers.items() if names == ("grouped", "cpu", "triton", "cuda")} == {
+        "lora_merge",
+        "lora_merge_backward",
+    }
+    assert {name for name, names in providers.items() if names == ("cpu", "cuda")} == {
+        "grouped_gemm",
+        "grouped_gemm_",
+        "merged_norms",
+    }
+    assert set(providers.values()) == {("grouped", "cpu", "triton", "cuda"), ("cpu", "cuda"), ("cpu", "triton")}
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton", REFERENCE])
@@ -71,7 +85,7 @@ def test_backward_runs_under_the_choice_too():
 
 def test_an_unknown_provider_is_refused_with_the_known_ones():
     with (
-        pytest.raises(ValueError, match="provider 'tritonn': accepted are cpu, reference, triton"),
+        pytest.raises(ValueError, match="provider 'tritonn': accepted are cpu, cuda, grouped, reference, triton"),
         use_provider("tritonn"),
     ):
         pass
@@ -106,7 +120,7 @@ def test_info_prints_every_operator_and_provider_with_its_reason():
     lines = result.stdout.splitlines()
     for name in OPERATORS:
         rows = [line.split(None, 3) for line in lines if line.split()[:1] == [name]]
-        assert [row[1] for row in rows] == ["cpu", "triton", REFERENCE]
+        assert [row[1] for row in rows] == [*(p.name for p in OPERATORS[name].providers), REFERENCE]
     if not torch.cuda.is_available():
         assert any("no CUDA device is available" in line for line in lines)
 

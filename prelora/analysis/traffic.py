@@ -7,6 +7,7 @@ pointwise kernel does at best. The Triton kernels say themselves what their grid
 from __future__ import annotations
 
 import importlib
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import flop_registry
 from prelora.registry import NAMESPACE, OPERATORS
 
 ONEDNN_LINEAR = "mkldnn::_linear_pointwise"
+GROUPED_GEMM = "prelora_C::grouped_gemm_"
 
 
 @dataclass
@@ -70,6 +72,9 @@ class TrafficCounter(TorchDispatchMode):
         name = func._schema.name
         if name == ONEDNN_LINEAR:
             self.traffic.flops += 2 * args[0].numel() * args[1].shape[0]
+        elif name == GROUPED_GEMM:
+            self._grouped(name, *args)
+            return out
         elif func._overloadpacket in flop_registry:
             self.traffic.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if not _moves_nothing(func):
@@ -79,6 +84,14 @@ class TrafficCounter(TorchDispatchMode):
             read = [tensor for tensor in inputs if not any(tensor is other for other in overwritten)]
             self.traffic.add(name, sum(map(_bytes, read)), sum(map(_bytes, written)))
         return out
+
+    def _grouped(
+        self, name: str, a: list[Tensor], b: list[Tensor], d: list[Tensor], out: list[Tensor], *_: Any
+    ) -> None:
+        for a_i, b_i, c_i in zip(a, b, out, strict=True):
+            # A, B and C of sizes mk, kn and mn: their product is (mnk)².
+            self.traffic.flops += 2 * math.isqrt(a_i.numel() * b_i.numel() * c_i.numel())
+        self.traffic.add(name, sum(map(_bytes, (*a, *b, *d))), sum(map(_bytes, out)))
 
     def _ours(self, name: str, args: Sequence[Any]) -> Any:
         if self.provider != "triton":

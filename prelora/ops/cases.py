@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -121,6 +122,66 @@ def merge_arguments(
         [rank for case in cases for rank in case.ranks],
         [scaling for case in cases for scaling in case.scalings],
         dtype,
+    ]
+
+
+@dataclass(frozen=True)
+class GroupCase:
+    """One group of a grouped product: op(A) [m, k] · op(B) [k, n], with D or without."""
+
+    m: int
+    n: int
+    k: int
+    trans_a: bool = False
+    trans_b: bool = False
+    alpha: float = 0.75
+    beta: float = 1.0
+
+
+LAYOUTS = ((False, False), (False, True), (True, False), (True, True))
+
+GROUPS = {
+    "one element": (GroupCase(1, 1, 1),),
+    "every layout": tuple(GroupCase(37, 53, 11, *layout) for layout in LAYOUTS),
+    "ranks 1 to 128": tuple(
+        GroupCase(33 + 7 * rank % 50, 29 + 5 * rank % 70, rank, *LAYOUTS[rank % 4]) for rank in range(1, 129)
+    ),
+    "rank as m and as n": (GroupCase(3, 130, 200, True), GroupCase(130, 3, 200, False, True), GroupCase(12, 65, 257)),
+    "an empty one between others": (GroupCase(5, 7, 3), GroupCase(0, 7, 3), GroupCase(5, 0, 3), GroupCase(16, 16, 16)),
+    "beta 0, alpha 0, negative": (
+        GroupCase(20, 18, 5, beta=0.0),
+        GroupCase(20, 18, 5, alpha=0.0),
+        GroupCase(9, 8, 7, beta=-2.5),
+    ),
+    "several tiles, long sum": (GroupCase(150, 70, 1030), GroupCase(70, 150, 530, True, True)),
+}
+"""For tests of ``grouped_gemm``: each has something that a kernel could get wrong."""
+
+
+def group_arguments(
+    cases: Sequence[GroupCase], dtypes: Sequence[torch.dtype], device: torch.device | str = "cpu", seed: int = 0
+) -> list[Any]:
+    """Arguments of ``grouped_gemm``; A, B, D and the results in these four dtypes. What is not to be read is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        # Rows lie apart, by an odd distance, and NaN lies between them.
+        wide = torch.full((rows, columns + 3), math.nan, dtype=torch.float64)
+        wide[:, :columns].uniform_(-1, 1, generator=generator)
+        return wide.to(device, dtype)[:, :columns]
+
+    return [
+        [draw(*((g.k, g.m) if g.trans_a else (g.m, g.k)), dtypes[0]) for g in cases],
+        [draw(*((g.n, g.k) if g.trans_b else (g.k, g.n)), dtypes[1]) for g in cases],
+        [
+            draw(g.m, g.n, dtypes[2]) if g.beta else torch.full((g.m, g.n), math.nan).to(device, dtypes[2])
+            for g in cases
+        ],
+        [g.alpha for g in cases],
+        [g.beta for g in cases],
+        [g.trans_a for g in cases],
+        [g.trans_b for g in cases],
+        dtypes[3],
     ]
 
 

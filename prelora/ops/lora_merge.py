@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prelora.ops.slices import by_layer, lora_delta, split_lora
-from prelora.ops.support import cpu_refusal, triton_refusal
+from prelora.ops.support import cpu_refusal, grouped_cuda_refusal, grouped_refusal, triton_refusal
 from prelora.registry import autocast, autograd, define
 
 
@@ -92,5 +92,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor]) -> tuple[Any, ...]:
 autograd(lora_merge, _backward, _setup_context)
 for _operator in (lora_merge, lora_merge_backward):
     autocast(_operator, lambda dtype, *args: args)  # the sum is in fp32 whatever autocast says
+    _operator.provider("grouped", "prelora.ops.grouped", grouped_refusal)
     _operator.provider("cpu", "prelora.ops.cpu", cpu_refusal)
     _operator.provider("triton", "prelora.kernels.lora_merge", triton_refusal)
+    _operator.provider("cuda", "prelora.ops.grouped", grouped_cuda_refusal)  # after Triton's: measured on no card

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from prelora import _ext
 from prelora.registry import tensors_of
 
 TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+EXTENSION_DTYPES = TRITON_DTYPES
 
 
 def cpu_refusal(*args: Any) -> str | None:
@@ -39,3 +41,42 @@ def triton_slices_refusal(rows: Sequence[int], ranks: Sequence[int]) -> str | No
     from prelora.kernels.padding import slices_refusal
 
     return slices_refusal(rows, ranks)
+
+
+def extension_cpu_refusal(*args: Any) -> str | None:
+    """``prelora._C`` on CPU tensors."""
+    return _ext.reason() or _extension_refusal("cpu", args)
+
+
+def extension_cuda_refusal(*args: Any) -> str | None:
+    """``prelora._C`` on CUDA tensors."""
+    if not args and not torch.cuda.is_available():
+        return _ext.cuda_reason() or "no CUDA device is available"
+    return _ext.cuda_reason() or _extension_refusal("cuda", args)
+
+
+def grouped_refusal(*args: Any) -> str | None:
+    """``lora_merge`` and its like as grouped products on CPU tensors."""
+    return extension_cpu_refusal(*args) or _rank_refusal(*args)
+
+
+def grouped_cuda_refusal(*args: Any) -> str | None:
+    """``lora_merge`` and its like as grouped products on CUDA tensors."""
+    return extension_cuda_refusal(*args) or _rank_refusal(*args)
+
+
+def _rank_refusal(*args: Any) -> str | None:
+    ranks = args[5] if len(args) > 5 else ()  # after three lists of tensors, slices and rows
+    return f"slice {list(ranks).index(0)} has rank 0" if 0 in ranks else None
+
+
+def _extension_refusal(device: str, args: Sequence[Any]) -> str | None:
+    for tensor in tensors_of(args):
+        if tensor.device.type != device:
+            return f"a tensor is on {tensor.device}, not on {device}"
+        if tensor.dtype not in EXTENSION_DTYPES:
+            return f"{str(tensor.dtype).removeprefix('torch.')} is not built into prelora._C"
+    for arg in args:
+        if isinstance(arg, torch.dtype) and arg not in EXTENSION_DTYPES:
+            return f"{str(arg).removeprefix('torch.')} is not built into prelora._C"
+    return None
