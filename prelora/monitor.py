@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict, layer_changes, partial_convergence_test
 from prelora.nn import LoRALinear
-from prelora.ops import weight_norms
+from prelora.nn.linear import lora_arguments
+from prelora.ops import merged_norms, weight_norms
 from prelora.targets import Target, by_group, by_module, target_linear
 
 
@@ -48,19 +49,27 @@ def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, 
     names = [("base", target.name) for slices in modules.values() for target in slices]
     weights = [part for path, slices in modules.items() for part in _row_slices(layers[path].weight, slices)]
     parts = [weight_norms(weights, False)]
-    for path, slices in modules.items():
+    adapted = {path: layer for path, layer in layers.items() if isinstance(layer, LoRALinear)}
+    if adapted:
+        of_all = list(adapted.values())
+        names += [("lora", target.name) for path in adapted for target in modules[path]]
+        parts.append(torch.cat([layer.delta_norms() for layer in of_all]))
+    if unmerged := {path: layer for path, layer in adapted.items() if not layer.merged}:
+        of_all = list(unmerged.values())
+        names += [("effective", target.name) for path in unmerged for target in modules[path]]
+        parts.append(merged_norms([layer.weight for layer in of_all], *lora_arguments(of_all), False))
+    for path, before in (snapshot or {}).items():
         # The temporaries of one module at a time, not of the whole model.
-        kinds = _derived(layers[path], None if snapshot is None else snapshot[path])
-        names += [(kind, target.name) for kind in kinds for target in slices]
-        if kinds:
-            parts.append(weight_norms([p for tensor in kinds.values() for p in _row_slices(tensor, slices)], False))
+        update = _effective_weight(layers[path]) - before
+        names += [("update", target.name) for target in modules[path]]
+        parts.append(weight_norms(_row_slices(update, modules[path]), False))
     values: dict[str, dict[str, float]] = {"base": {}, "lora": {}, "effective": {}, "update": {}}
     for (kind, name), value in zip(names, torch.cat(parts).tolist(), strict=True):
         values[kind][name] = value
     effective = values["base"] | values["effective"]
-    update = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
+    updates = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
     order = [target.name for target in targets]
-    kinds_kept = (effective, values["base"], values["lora"], update)
+    kinds_kept = (effective, values["base"], values["lora"], updates)
     return Norms(*({name: norms[name] for name in order if name in norms} for norms in kinds_kept))
 
 
@@ -68,20 +77,12 @@ def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, 
 def take_snapshot(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
     """A copy of the effective weight of every target module, by path, on the model's device."""
     layers = {path: target_linear(model, slices[0]) for path, slices in by_module(targets).items()}
-    return {
-        path: layer.merged_weight() if isinstance(layer, LoRALinear) else layer.weight.detach().clone()
-        for path, layer in layers.items()
-    }
+    own = {path: layer.weight.detach().clone() for path, layer in layers.items() if not isinstance(layer, LoRALinear)}
+    return {path: own[path] if path in own else _effective_weight(layer) for path, layer in layers.items()}
 
 
-def _derived(layer: nn.Linear, snapshot: Tensor | None) -> dict[str, Tensor]:
-    """What is measured of a layer beside its weight."""
-    kinds = {}
-    if isinstance(layer, LoRALinear):
-        kinds = {"lora": layer.delta_weight(), "effective": layer.merged_weight()}
-    if snapshot is not None:
-        kinds["update"] = kinds.get("effective", layer.weight) - snapshot
-    return kinds
+def _effective_weight(layer: nn.Linear) -> Tensor:
+    return layer.merged_weight() if isinstance(layer, LoRALinear) else layer.weight.detach()
 
 
 def _row_slices(tensor: Tensor, slices: Sequence[Target]) -> list[Tensor]:

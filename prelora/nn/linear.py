@@ -14,7 +14,7 @@ from prelora.config import Execution, check_execution
 from prelora.nn.execution import Choice, Work, choose_execution
 from prelora.nn.shared_weight import SharedWeight
 from prelora.ops import lora_linear, lora_merge, lora_two_path
-from prelora.ops.slices import lora_delta
+from prelora.ops.slices import lora_delta, split_lora
 
 SHARED = Choice("merged", "merged once for several forwards")
 ALWAYS = Choice("merged", "a training step merges on a GPU, and under autocast, where it takes the place of the cast")
@@ -148,6 +148,15 @@ class LoRALinear(nn.Linear):
         """The update s·B·A, [out, in], in at least fp32."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         return lora_delta(self.lora_A.to(dtype), self.lora_B.to(dtype), self.rows, self.rank, self.scaling)
+
+    @torch.no_grad()
+    def delta_norms(self) -> Tensor:
+        """‖s·B·A‖ of every slice, [slices], in fp64; from A·Aᵀ and Bᵀ·B, which are [rank, rank]."""
+        norms = []
+        pairs = split_lora(self.lora_A.double(), self.lora_B.double(), self.rows, self.rank)
+        for (a, b), s in zip(pairs, self.scaling, strict=True):
+            norms.append(s * ((a @ a.t()) * (b.t() @ b)).sum().clamp_min(0).sqrt())
+        return torch.stack(norms)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
