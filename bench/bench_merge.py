@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from bench.bounds import Bound, byte_bound, copy_of
+from bench.bounds import Bound, byte_bound, copy_of, gemm_of, roofline
 from bench.interleave import NotRun, Variant
 from bench.peers import peft_layer
 from bench.precision import DEVICE, PRECISIONS
 from bench.providers import forced, served_by
+from prelora.config import PreLoRAConfig
 from prelora.ops import lora_merge, lora_merge_backward
 from prelora.ops.cases import WIDTHS, LinearCase, LinearTensors, linear_tensors, vit_layers
 from prelora.ops.slices import by_layer, split_lora
+from prelora.ranks import LayerShape, assign_ranks
 
 OPERATORS = ("lora_merge",)
 DEPTHS = {"ViT-S": 12, "ViT-B": 12, "ViT-L": 24}
-RANKS = (8, 16, 32, 64)
-DEFAULT = {("ViT-S", 16), ("ViT-L", 32)}
+RANKS: tuple[int | str, ...] = (8, 16, 32, 64, "unequal")
+"""``"unequal"``: Algorithm 2's, from random norm changes."""
+DEFAULT = {("ViT-S", 16), ("ViT-L", "unequal")}
 SECONDS = 20.0
-COPY = "copy"
+COPY, GEMM = "copy", "fp32 GEMM"
 
 
 def cells() -> Iterator[Any]:
@@ -36,32 +42,61 @@ def cells() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("model", "rank", "precision"), list(cells()))
-def bench_merge(model: str, rank: int, precision: str, measure: Any, request: Any) -> None:
-    """All target layers of one model at one rank; W, A and B are fp32, W_eff is of the precision."""
-    cases = [*vit_layers(model, rank, 0).values()] * DEPTHS[model]
+def bench_merge(model: str, rank: int | str, precision: str, measure: Any, request: Any) -> None:
+    """All target layers of one model; W, A and B are fp32, W_eff and its gradient are of the precision."""
     name = request.node.callspec.id.removeprefix("merge-")
-    measure("merge", name, merge_variants(cases, PRECISIONS[precision]), SECONDS)
+    measure("merge", name, merge_variants(model_cases(model, rank), PRECISIONS[precision]), SECONDS)
+
+
+def model_cases(model: str, rank: int | str) -> list[LinearCase]:
+    """Every target layer of a model, at one rank or at those that Algorithm 2 gives its slices."""
+    if isinstance(rank, int):
+        return [*vit_layers(model, rank, 0).values()] * DEPTHS[model]
+    draw = random.Random(0)
+    groups: dict[str, dict[str, float]] = defaultdict(dict)
+    shapes: dict[str, LayerShape] = {}
+    layers = [(block, name, case) for block in range(DEPTHS[model]) for name, case in vit_layers(model, 1, 0).items()]
+    for block, name, case in layers:
+        for i, rows in enumerate(case.rows):
+            groups[f"{name} {i}"][f"{block} {name} {i}"] = draw.lognormvariate(0, 0.5)
+            shapes[f"{block} {name} {i}"] = LayerShape(case.in_features, rows)
+    ranks = assign_ranks(groups, shapes, PreLoRAConfig())
+    return [
+        LinearCase(0, case.in_features, case.rows, tuple(ranks[f"{block} {name} {i}"] for i in range(len(case.rows))))
+        for block, name, case in layers
+    ]
 
 
 def merge_variants(cases: list[LinearCase], dtype: torch.dtype) -> list[Variant | NotRun]:
-    """``merge`` gives every W_eff, ``gradients`` every dA and dB from dW; the peers go layer by layer."""
+    """``merge`` gives every W_eff, ``gradients`` every dA and dB from dW."""
     layers = [linear_tensors(case, dtype, torch.float32, DEVICE, seed) for seed, case in enumerate(cases)]
     grads = [torch.randn_like(layer.weight, dtype=dtype) for layer in layers]
-    wide = sum(layer.weight.nbytes for layer in layers)
-    narrow = sum(grad.nbytes for grad in grads)
-    adapters = sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
-    moved = {"merge": wide + narrow + adapters, "gradients": narrow + 2 * adapters}
-    copy, copied = copy_of(max(moved.values()), DEVICE)
-    bound = byte_bound(COPY, moved, copied)
+    bound, yardsticks = _bound(cases, layers, grads)
 
     def ours(name: str) -> Variant:
         return Variant(name, _our_parts(cases, layers, grads, dtype), bound=bound, summed=False, note=_served)
 
     return [
-        Variant(COPY, {COPY: copy}, "yardstick", note=lambda: f"{copied / 2**20:,.0f} MiB read and written"),
+        *yardsticks,
         *_peers(cases, layers, grads, dtype, bound),
         ours("prelora"),
         *forced((lora_merge, lora_merge_backward), DEVICE, lambda name: ours(f"prelora [{name}]")),
+    ]
+
+
+def _bound(cases: list[LinearCase], layers: list[LinearTensors], grads: list[Tensor]) -> tuple[Bound, list[Variant]]:
+    """What no merge can be faster than, and the two variants that say so."""
+    wide = sum(layer.weight.nbytes for layer in layers)
+    narrow = sum(grad.nbytes for grad in grads)
+    adapters = sum(layer.lora_a.nbytes + layer.lora_b.nbytes for layer in layers)
+    moved = {"merge": wide + narrow + adapters, "gradients": narrow + 2 * adapters}
+    flops = sum(2 * n * case.in_features * r for case in cases for n, r in zip(case.rows, case.ranks, strict=True))
+    copy, copied = copy_of(max(moved.values()), DEVICE)
+    gemm, multiplied = gemm_of(DEVICE)
+    bound = roofline(byte_bound(COPY, moved, copied), GEMM, {"merge": flops, "gradients": 2 * flops}, multiplied)
+    return bound, [
+        Variant(COPY, {COPY: copy}, "yardstick", note=lambda: f"{copied / 2**20:,.0f} MiB read and written"),
+        Variant(GEMM, {GEMM: gemm}, "yardstick", note=lambda: f"{multiplied / 1e9:,.0f} GFLOP"),
     ]
 
 
@@ -97,14 +132,16 @@ def _peers(
     adapters = ([layer.lora_a for layer in layers], [layer.lora_b for layer in layers])
     layout = _layout(cases)
     weights = [layer.weight for layer in layers]
-    peft: list[Any] = [peft_layer(case, layer, False) for case, layer in zip(cases, layers, strict=True)]
-
-    def by_peft() -> list[Tensor]:
-        with torch.no_grad():
-            return [(each.base_layer.weight + each.get_delta_weight("default")).to(dtype) for each in peft]
 
     def by_addmm() -> list[Tensor]:
         return [_addmm_layer(*layer).to(dtype) for layer in zip(weights, *adapters, by_layer(*layout), strict=True)]
+
+    def gradients() -> list[Tensor]:
+        return [
+            gradient
+            for layer in zip(grads, *adapters, by_layer(*layout), strict=True)
+            for gradient in _mm_layer(*layer)
+        ]
 
     variants = [
         Variant(
@@ -117,13 +154,56 @@ def _peers(
             bound,
             summed=False,
         ),
-        Variant("PEFT", {"merge": by_peft}, "peer", bound),
+        Variant("PEFT", {"merge": _by_peft(cases, layers, dtype)}, "peer", bound),
         Variant("addmm loop", {"merge": by_addmm}, "peer", bound),
+        Variant(
+            "padded baddbmm",
+            {"merge": _by_baddbmm(cases, layers, dtype)},
+            "peer",
+            bound,
+            note=lambda: "weights and padded factors stacked by shape beforehand",
+        ),
+        Variant("mm loop", {"gradients": gradients}, "peer", bound, note=lambda: f"in {str(dtype)[6:]}"),
     ]
     if dtype != torch.float32:
         cast = {"merge": lambda: [weight.to(dtype) for weight in weights]}
         variants.append(Variant("cast alone", cast, "peer", bound, note=lambda: "what autocast does without LoRA"))
     return variants
+
+
+def _slices(case: LinearCase, layer: LinearTensors) -> Iterator[tuple[Tensor, Tensor, Tensor, float]]:
+    """W_i, A_i, B_i and s_i of every slice."""
+    pairs = split_lora(layer.lora_a, layer.lora_b, case.rows, case.ranks)
+    for w, (a, b), scaling in zip(layer.weight.split(case.rows), pairs, case.scalings, strict=True):
+        yield w, a, b, scaling
+
+
+def _by_peft(cases: list[LinearCase], layers: list[LinearTensors], dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """Each slice as a Linear of its own, since PEFT knows none."""
+    modules: list[Any] = []
+    for case, layer in zip(cases, layers, strict=True):
+        for w, a, b, scaling in _slices(case, layer):
+            alone = LinearCase(0, case.in_features, (w.shape[0],), (a.shape[0],), bias=False, scaling=(scaling,))
+            modules.append(peft_layer(alone, LinearTensors(layer.x, layer.dy, w, None, a, b), False))
+
+    def merge() -> list[Tensor]:
+        with torch.no_grad():
+            return [(each.base_layer.weight + each.get_delta_weight("default")).to(dtype) for each in modules]
+
+    return merge
+
+
+def _by_baddbmm(cases: list[LinearCase], layers: list[LinearTensors], dtype: torch.dtype) -> Callable[[], list[Tensor]]:
+    """One batched product for each shape, every factor padded with zeros to the largest rank."""
+    widest = max(rank for case in cases for rank in case.ranks)
+    by_shape: dict[torch.Size, list[tuple[Tensor, Tensor, Tensor]]] = defaultdict(list)
+    for case, layer in zip(cases, layers, strict=True):
+        for w, a, b, scaling in _slices(case, layer):
+            rest = widest - a.shape[0]
+            padded = F.pad(a, (0, 0, 0, rest)), F.pad(scaling * b, (0, rest))
+            by_shape[w.shape].append((w, *padded))
+    stacks = [[torch.stack(tensors) for tensors in zip(*group, strict=True)] for group in by_shape.values()]
+    return lambda: [torch.baddbmm(w, b, a).to(dtype) for w, a, b in stacks]
 
 
 def _addmm_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, layer: tuple[Any, ...]) -> Tensor:
@@ -134,3 +214,13 @@ def _addmm_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, layer: tuple[An
     for w_i, out_i, (a_i, b_i), s_i in zip(weight.split(rows), out.split(rows), pairs, scaling, strict=True):
         torch.addmm(w_i, b_i, a_i, alpha=s_i, out=out_i)
     return out
+
+
+def _mm_layer(grad: Tensor, lora_a: Tensor, lora_b: Tensor, layer: tuple[Any, ...]) -> list[Tensor]:
+    """Two products for each row slice, in the gradient's dtype."""
+    rows, ranks, scaling = layer
+    pairs = split_lora(lora_a.to(grad.dtype), lora_b.to(grad.dtype), rows, ranks)
+    gradients = []
+    for dw_i, (a_i, b_i), s_i in zip(grad.split(rows), pairs, scaling, strict=True):
+        gradients += [(s_i * (b_i.t() @ dw_i)).float(), (s_i * (dw_i @ a_i.t())).float()]
+    return gradients

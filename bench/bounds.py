@@ -1,12 +1,12 @@
-"""What a variant could reach at best: the time of frozen GEMMs by FLOPs, or bytes over the bandwidth of a copy.
+"""What a variant could reach at best: the time of GEMMs by FLOPs, bytes over the bandwidth of a copy, or both.
 
-Both are taken from a variant of the same round, so that a bound is as slow as the machine is at that moment.
+All are taken from variants of the same round, so that a bound is as slow as the machine is at that moment.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -26,6 +26,8 @@ class Bound:
     """By part; of a part that the other variant does not have, it is a factor on its whole."""
     basis: str
     """What the factor is made of, for the reader."""
+    other: Bound | None = None
+    """Another one that holds as well: the larger of them counts."""
 
 
 def layer_bounds(case: LinearCase, frozen: str) -> dict[str, Bound]:
@@ -77,7 +79,21 @@ def copy_of(bytes_moved: int, device: torch.device) -> tuple[Callable[[], object
     return lambda: target.copy_(source), 8 * elements
 
 
+def gemm_of(device: torch.device, size: int = 2048) -> tuple[Callable[[], object], int]:
+    """A square fp32 product, and its FLOPs."""
+    a, b = torch.randn(2, size, size, device=device)
+    out = torch.empty_like(a)
+    return lambda: torch.mm(a, b, out=out), 2 * size**3
+
+
 def byte_bound(copy: str, bytes_by_part: Mapping[str, int], copied: int) -> Bound:
     """The time of the copy, by bytes."""
     factors = {part: count / copied for part, count in bytes_by_part.items()}
     return Bound(copy, factors, "bytes at the bandwidth of a copy")
+
+
+def roofline(copy: Bound, gemm: str, flops_by_part: Mapping[str, int], multiplied: int) -> Bound:
+    """The larger of ``copy``, from ``byte_bound``, and the time of the variant ``gemm``, by FLOPs."""
+    factors = {part: count / multiplied for part, count in flops_by_part.items()}
+    by_flops = Bound(gemm, factors, "FLOPs of a large fp32 GEMM")
+    return replace(copy, basis=f"the larger of {copy.basis} and {by_flops.basis}", other=by_flops)

@@ -11,9 +11,6 @@ import torch
 from bench.interleave import NotRun, Variant
 from prelora.registry import Operator, use_provider
 
-AUTOMATIC = "cpu"
-"""The provider of library calls: on a CPU it is what is chosen anyway."""
-
 
 def forced(
     operators: Sequence[Operator], device: torch.device, build: Callable[[str], Variant]
@@ -27,7 +24,7 @@ def forced(
     names = dict.fromkeys(provider.name for operator in operators for provider in operator.providers)
     variants: list[Variant | NotRun] = []
     for name in names:
-        if name == AUTOMATIC or all(operator.chosen(sample) == name for operator in operators):
+        if all(operator.chosen(sample) == name for operator in operators):
             continue
         variant = build(name)
         reason = _refusal(name, operators, sample)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bench.bounds import Bound
 from bench.interleave import WHOLE, NotRun, Role, Samples, Variant
 
 NOTICEABLE = 0.1
@@ -92,7 +93,7 @@ def summarize(suite: str, cell: str, variants: Sequence[Variant | NotRun], sampl
         note = variant.note()
         for part, seconds in samples[variant.name].items():
             bound = variant.bound
-            at_best = bound and _paired(seconds, part, samples[bound.variant], bound.factors[part])
+            at_best = bound and _ratios(seconds, _at_best(bound, part, samples))
             rows.append(
                 Row(
                     suite,
@@ -120,7 +121,21 @@ def _against(variant: Variant, part: str, seconds: Sequence[float], peers: Sampl
     return {name: _paired(seconds, part, theirs) for name, theirs in comparable.items()}
 
 
-def _paired(seconds: Sequence[float], part: str, other: Mapping[str, list[float]], factor: float = 1.0) -> Spread:
-    """Ratios to another variant's time of the same part and round; to its whole, if it has no such part."""
-    theirs = other.get(part) or other.get(WHOLE) or next(iter(other.values()))
-    return Spread.of([mine / (factor * its) for mine, its in zip(seconds, theirs, strict=True)])
+def _paired(seconds: Sequence[float], part: str, other: Mapping[str, list[float]]) -> Spread:
+    """Ratios to another variant's time of the same part and round."""
+    return _ratios(seconds, _of(part, other))
+
+
+def _at_best(bound: Bound, part: str, samples: Samples) -> list[float]:
+    """Seconds of the bound in each round."""
+    own = [bound.factors[part] * its for its in _of(part, samples[bound.variant])]
+    return own if bound.other is None else list(map(max, own, _at_best(bound.other, part, samples)))
+
+
+def _of(part: str, times: Mapping[str, list[float]]) -> list[float]:
+    """A variant's times of a part; of its whole, if it has no such part."""
+    return times.get(part) or times.get(WHOLE) or next(iter(times.values()))
+
+
+def _ratios(seconds: Sequence[float], others: Sequence[float]) -> Spread:
+    return Spread.of([mine / its for mine, its in zip(seconds, others, strict=True)])

@@ -110,6 +110,16 @@ def test_ratios_are_paired_within_a_round():
     assert summarized["compiled", ""].not_run == "takes minutes"
 
 
+def test_of_two_bounds_the_larger_counts_in_each_round():
+    by_copy = bounds.byte_bound("copy", {"merge": 200}, 100)
+    variants = [Variant("ours", {"merge": int}, bound=bounds.roofline(by_copy, "gemm", {"merge": 300}, 100))]
+    samples = {"copy": {"copy": [1.0, 4.0]}, "gemm": {"gemm": [1.0, 1.0]}, "ours": {"merge": [6.0, 6.0]}}
+
+    (row,) = summarize("suite", "cell", variants, samples)
+
+    assert row.bound == Spread.of([6 / 3, 6 / 8])
+
+
 def test_rows_survive_json():
     for row in summarize("suite", "cell", *variants_and_samples()):
         assert Row.from_dict(json.loads(json.dumps(asdict(row)))) == row
