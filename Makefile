@@ -28,4 +28,4 @@ $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) runs build dist *.egg-info prelora/_C.* prelora/_C_build.txt
