@@ -207,9 +207,18 @@ def _shrunk_gradient(
     dy: Tensor, lora_b: Tensor, rows: Sequence[int], ranks: Sequence[int], scaling: Sequence[float]
 ) -> Tensor:
     """dS [tokens, sum of ranks], dS_i = s_i · dy_i · B_i."""
-    shares = zip(dy.split(list(rows), 1), split_b(lora_b, rows, ranks), scaling, strict=True)
-    ds = [product(dy_i, (s_i * b_i).to(dy_i.dtype).t()) for dy_i, b_i, s_i in shares]
-    return ds[0] if len(ds) == 1 else torch.cat(ds, 1)
+    parts = dy.split(list(rows), 1)
+    if len(rows) > 1 and dy.shape[0] > 0 and extension_cpu_refusal(dy, lora_b) is None:
+        # The library would copy each dy_i first, which takes several times as long as the product.
+        ds = dy.new_empty((dy.shape[0], sum(ranks)))
+        plain = [False] * len(rows)
+        blocks, outs = split_b(lora_b.to(dy.dtype), rows, ranks), ds.split(list(ranks), 1)
+        torch.ops.prelora_C.grouped_gemm_(parts, blocks, [], outs, list(scaling), [], plain, plain)
+        return ds
+    blocks = split_b(lora_b, rows, ranks)
+    pairs = zip(parts, blocks, scaling, strict=True)
+    shares = [product(dy_i, (s_i * b_i).to(dy_i.dtype).t()) for dy_i, b_i, s_i in pairs]
+    return shares[0] if len(shares) == 1 else torch.cat(shares, 1)
 
 
 def _adapter_gradients(
