@@ -1,71 +1,8 @@
-// The engine in AVX-512 for products of two bf16 factors, compiled for it whatever the flags; null elsewhere.
-#include "engine.h"
-
-#if defined(__x86_64__)
-
-// Before the pragma: what the standard library inlines must not be compiled for this instruction set, because the
-// linker keeps one copy for everybody.
-#include <immintrin.h>
-
-#include <algorithm>
-#include <array>
-#include <cstring>
-#include <utility>
-
-#include "convert.h"
-
-#if defined(__clang__)
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,avx512bf16"))), apply_to = function)
-#else
-#pragma GCC push_options
-// GCC's own headers set off these (its bug 105593).
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,avx512bf16")
-#endif
-
-#include "block.h"
-#include "vector_avx512_bf16.h"
-
-namespace prelora::cpu {
-namespace {
-
-void run(const Block& block) { run_block<Avx512Bf16>(block); }
-
-}  // namespace
-}  // namespace prelora::cpu
-
-#if defined(__clang__)
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-
-namespace prelora::cpu {
-namespace {
-
-bool available() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("avx512bf16");
-}
-
-}  // namespace
-
-const Engine* avx512_bf16_engine() {
-  static const Engine engine{"avx512", available, run};
-  return &engine;
-}
-
-}  // namespace prelora::cpu
-
-#else
-
-namespace prelora::cpu {
-
-const Engine* avx512_bf16_engine() { return nullptr; }
-
-}  // namespace prelora::cpu
-
-#endif
+// The engine in AVX-512 for products of two bf16 factors.
+#define PRELORA_TARGET "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2,avx512bf16"
+#define PRELORA_ENGINE avx512_bf16_engine
+#define PRELORA_NAME "avx512"
+#define PRELORA_VECTOR Avx512Bf16
+#define PRELORA_VECTOR_HEADER "vector_avx512_bf16.h"
+#define PRELORA_AVAILABLE (avx512_engine()->available() && __builtin_cpu_supports("avx512bf16"))
+#include "isa_x86.h"
