@@ -20,7 +20,7 @@ from bench.providers import forced, served_by
 from prelora.config import PreLoRAConfig
 from prelora.ops import lora_merge, lora_merge_backward
 from prelora.ops.cases import WIDTHS, LinearCase, LinearTensors, linear_tensors, vit_layers
-from prelora.ops.slices import by_layer, split_lora
+from prelora.ops.slices import split_lora
 from prelora.ranks import LayerShape, assign_ranks
 
 OPERATORS = ("lora_merge",)
@@ -134,14 +134,10 @@ def _peers(
     weights = [layer.weight for layer in layers]
 
     def by_addmm() -> list[Tensor]:
-        return [_addmm_layer(*layer).to(dtype) for layer in zip(weights, *adapters, by_layer(*layout), strict=True)]
+        return [_addmm_layer(*pair).to(dtype) for pair in zip(cases, layers, strict=True)]
 
     def gradients() -> list[Tensor]:
-        return [
-            gradient
-            for layer in zip(grads, *adapters, by_layer(*layout), strict=True)
-            for gradient in _mm_layer(*layer)
-        ]
+        return [gradient for layer in zip(cases, layers, grads, strict=True) for gradient in _mm_layer(*layer)]
 
     variants = [
         Variant(
@@ -206,21 +202,18 @@ def _by_baddbmm(cases: list[LinearCase], layers: list[LinearTensors], dtype: tor
     return lambda: [torch.baddbmm(w, b, a).to(dtype) for w, a, b in stacks]
 
 
-def _addmm_layer(weight: Tensor, lora_a: Tensor, lora_b: Tensor, layer: tuple[Any, ...]) -> Tensor:
+def _addmm_layer(case: LinearCase, layer: LinearTensors) -> Tensor:
     """One ``addmm`` for each row slice, written where it belongs."""
-    rows, ranks, scaling = layer
-    out = torch.empty_like(weight)
-    pairs = split_lora(lora_a, lora_b, rows, ranks)
-    for w_i, out_i, (a_i, b_i), s_i in zip(weight.split(rows), out.split(rows), pairs, scaling, strict=True):
-        torch.addmm(w_i, b_i, a_i, alpha=s_i, out=out_i)
+    out = torch.empty_like(layer.weight)
+    for (w, a, b, scaling), out_i in zip(_slices(case, layer), out.split(case.rows), strict=True):
+        torch.addmm(w, b, a, alpha=scaling, out=out_i)
     return out
 
 
-def _mm_layer(grad: Tensor, lora_a: Tensor, lora_b: Tensor, layer: tuple[Any, ...]) -> list[Tensor]:
+def _mm_layer(case: LinearCase, layer: LinearTensors, grad: Tensor) -> list[Tensor]:
     """Two products for each row slice, in the gradient's dtype."""
-    rows, ranks, scaling = layer
-    pairs = split_lora(lora_a.to(grad.dtype), lora_b.to(grad.dtype), rows, ranks)
     gradients = []
-    for dw_i, (a_i, b_i), s_i in zip(grad.split(rows), pairs, scaling, strict=True):
-        gradients += [(s_i * (b_i.t() @ dw_i)).float(), (s_i * (dw_i @ a_i.t())).float()]
+    for (_, a, b, scaling), dw in zip(_slices(case, layer), grad.split(case.rows), strict=True):
+        a, b = a.to(grad.dtype), b.to(grad.dtype)
+        gradients += [(scaling * (b.t() @ dw)).float(), (scaling * (dw @ a.t())).float()]
     return gradients

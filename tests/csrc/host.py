@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from csrc.compiler import compile_cpp
 
 HERE = Path(__file__).parent
 CSRC = HERE.parent.parent / "csrc"
@@ -29,13 +30,8 @@ FLAGS = {
 def compile_host(folder: Path, kind: str) -> Path:
     """The executable, built in ``folder`` with the sanitizer that ``kind`` names."""
     target = folder / f"grouped_gemm_{kind}"
-    command = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
     sources = [HERE / "grouped_gemm_host.cpp", CSRC / "cuda" / "table.cpp"]
-    built = subprocess.run(
-        [*command, *FLAGS[kind], f"-I{HERE}", *sources, "-o", target], capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    return target
+    return compile_cpp(target, "-Wno-unknown-pragmas", "-fno-strict-aliasing", *FLAGS[kind], f"-I{HERE}", *sources)
 
 
 @dataclass(frozen=True)

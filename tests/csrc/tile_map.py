@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from csrc.compiler import compile_cpp
 
 HERE = Path(__file__).parent
 FLOAT32 = (0, 0, 0, 0)
@@ -28,13 +28,8 @@ class Size(NamedTuple):
 
 def compile_map(folder: Path) -> ctypes.CDLL:
     """The header as a shared library, built in ``folder``."""
-    target = folder / "tile_map.so"
-    command = ["g++", "-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    built = subprocess.run(
-        [*command, HERE / "tile_map_shim.cpp", "-o", target], capture_output=True, text=True, check=False
-    )
-    assert built.returncode == 0, built.stderr
-    library = ctypes.CDLL(str(target))
+    shim = HERE / "tile_map_shim.cpp"
+    library = ctypes.CDLL(str(compile_cpp(folder / "tile_map.so", "-O2", "-shared", "-fPIC", shim)))
     library.count_tiles.restype = ctypes.c_int64
     return library
 
