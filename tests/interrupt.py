@@ -69,6 +69,8 @@ def train(interruption, arguments, log=None):
         os.dup2(file, 1)
         os.dup2(file, 2)
     if interruption:
+        # As at a terminal: what a shell starts in the background ignores Ctrl-C, and hands that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         arm(interruption[0], interruption[1], int(interruption[2]))
     from prelora.train.__main__ import main
 
