@@ -10,13 +10,13 @@ import sys
 import interrupt
 import pytest
 import torch
+from tiny_runs import MEASURED
 
 from prelora import PreLoRAConfig
 from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest
 from prelora.train.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig, save_yaml
 
 STOPPED, KILLED = 75, -9
-MEASURED = {"seconds", "img_per_s", "peak_memory_bytes"}
 
 # 4 steps an epoch; switch after epoch 2, freeze after epoch 4, 6 epochs: steps 0-7 FULL, 8-15 WARMUP, 16-23 LORA.
 CONFIG = TrainConfig(

@@ -23,7 +23,7 @@ from prelora.train.display import plain_warnings
 from prelora.train.model import build_model
 
 FIELDS = {
-    "epoch", "step", "phase", "loss", "lr", "images", "seconds", "img_per_s", "peak_memory_bytes", "memory",
+    "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "communication", "memory",
     "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps", "event",
 }  # fmt: skip
 EVENT_FIELDS = {

@@ -227,7 +227,6 @@ def test_a_disk_full_while_the_metrics_are_written_exits_with_4(write, tmp_path,
         ({"optim": {"lr": 0.5}}, "optim.lr = 0.001, the config says 0.5"),
         ({"model": {"depth": 3}}, "model.depth = 2, the config says 3"),
         ({"prelora": {"tau": 2.0}}, "prelora.tau = 10000.0, the config says 2.0"),
-        ({"data": {"batch_size": 80}}, "data.batch_size = 160, the config says 80"),
         ({"ema_decay": 0.9}, "ema_decay = None, the config says 0.9"),
         ({"epochs": 9}, "epochs = 6, the config says 9"),
         ({"seed": 1}, "seed = 0, the config says 1"),
@@ -242,6 +241,27 @@ def test_another_config_is_refused_naming_the_field_and_the_run_stays_as_it_is(c
 
     assert f"the checkpoint was written with {complaint}: resume with the same" in capsys.readouterr().err
     assert files(run) == before
+
+
+def test_another_global_batch_is_refused_with_the_reason(run, capsys):
+    before = files(run)
+
+    assert train(tiny(run, resume="auto", data={"batch_size": 80})) == EXIT_CHECKPOINT
+
+    error = capsys.readouterr().err
+    assert "a global batch of 160 = 160 images × 1 accumulated × 1 rank(s), this run's is 80 = 80 images" in error
+    assert files(run) == before
+
+
+def test_the_same_global_batch_may_be_split_in_another_way_on_resume(run, tmp_path):
+    output = copied(run, tmp_path / "run")
+    drop_newest(output)
+
+    assert train(tiny(output, resume="auto", data={"batch_size": 80}, optim={"accumulate": 2})) == 0
+
+    again, whole = metrics(output)[-1], metrics(run)[-1]
+    assert again["loss"] == pytest.approx(whole["loss"], rel=1e-5)
+    assert again["images"] == whole["images"]
 
 
 def test_how_checkpoints_are_kept_may_change_on_resume(run, tmp_path):

@@ -24,7 +24,9 @@ TINY = TrainConfig(
     optim=OptimConfig(warmup_epochs=1),
 )
 PHASES = ["full", "full", "warmup", "warmup", "lora", "lora"]
-MEASURED = ("seconds", "img_per_s", "peak_memory_bytes")
+MEASURED = (
+    "seconds", "parts", "img_per_s", "img_per_s_computing", "flop_per_s", "peak_share", "peak_memory_bytes",
+)  # fmt: skip
 """Fields of a record that differ between equal runs."""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,13 +16,24 @@ import torch.distributed.nn  # here, for it keeps the process group that it find
 import tyro
 
 from prelora import distributed
-from prelora.errors import CheckpointError, OptimizerError
-from prelora.exits import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_CODES, EXIT_NOT_FINITE, EXIT_STOPPED, fail
+from prelora.errors import CheckpointError, DataError, OptimizerError
+from prelora.exits import (
+    EXIT_BAD_INPUT,
+    EXIT_CHECKPOINT,
+    EXIT_CODES,
+    EXIT_DATA,
+    EXIT_NOT_FINITE,
+    EXIT_OTHER_RANK,
+    EXIT_STOPPED,
+    fail,
+)
 from prelora.train import run_dir
 from prelora.train.build import build_parts
 from prelora.train.config import TrainConfig, load_yaml
 from prelora.train.display import plain_warnings
+from prelora.train.failure import FailureWatch
 from prelora.train.loop import NonFiniteLossError, Trainer
+from prelora.train.process_group import start
 from prelora.train.recipes import RECIPES
 from prelora.train.stop import Stopper, StopRequested
 
@@ -91,51 +102,45 @@ def train(config: TrainConfig) -> int:
 
 def _run(config: TrainConfig, stopper: Stopper) -> int:
     try:
-        try:
-            trainer = _prepare(config, stopper)
-        except (ValueError, OptimizerError, OSError) as error:
-            return fail(error, EXIT_BAD_INPUT)
-        trainer.run()
+        device, store = start(config)
+    except (ValueError, TimeoutError) as error:
+        return fail(error, EXIT_BAD_INPUT)
+    watch = FailureWatch(store, distributed.rank()) if store is not None else None
+    trainer = None
+    try:
+        with watch or contextlib.nullcontext():
+            trainer = _prepare(config, device, stopper)
+            trainer.run()
     except StopRequested as stop:
         if distributed.rank() == 0:
             print(f"stopped by {stop}; go on with --resume auto", flush=True)
         return EXIT_STOPPED
-    except (CheckpointError, OSError) as error:
+    except DataError as error:
+        return fail(f"rank {distributed.rank()}: {error}", EXIT_DATA)
+    except CheckpointError as error:
         return fail(error, EXIT_CHECKPOINT)
     except NonFiniteLossError as error:
         return fail(error, EXIT_NOT_FINITE)
+    except (ValueError, OptimizerError, OSError) as error:
+        if trainer is None:
+            return fail(error, EXIT_BAD_INPUT)
+        if isinstance(error, OSError):
+            return fail(error, EXIT_CHECKPOINT)
+        raise
+    except RuntimeError:  # as of a collective that another rank left
+        failure = watch.failure() if watch is not None else None
+        if failure is None or failure.startswith(f"rank {distributed.rank()}:"):
+            raise
+        return fail(f"rank {distributed.rank()} ends with {failure}", EXIT_OTHER_RANK)
     return 0
 
 
-def _prepare(config: TrainConfig, stopper: Stopper) -> Trainer:
-    device = _start(config)
+def _prepare(config: TrainConfig, device: torch.device, stopper: Stopper) -> Trainer:
     if distributed.rank() == 0:
         run_dir.claim(config)
     if distributed.world_size() > 1:
         dist.barrier()
     return Trainer(config, *build_parts(config, device), stopper)
-
-
-def _start(config: TrainConfig) -> torch.device:
-    """Device, process group and global switches."""
-    cuda = config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available())
-    if cuda and not torch.cuda.is_available():
-        raise ValueError("device = cuda: torch sees no CUDA device; accepted here is cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        store, rank, ranks = next(dist.rendezvous("env://"))
-        # torchrun's store outlives its workers: without a prefix, a restarted worker finds the addresses of dead ones.
-        store = dist.PrefixStore(f"restart-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(
-            "nccl" if cuda else "gloo", store=store, rank=rank, world_size=ranks, device_id=device if cuda else None
-        )
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return device
 
 
 if __name__ == "__main__":

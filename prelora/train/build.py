@@ -119,8 +119,12 @@ def config_flops(config: TrainConfig, model: nn.Module, targets: Sequence[Target
     return count_model(model, targets, image, freeze=config.prelora.freeze)
 
 
-def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops) -> dict[str, Any]:
-    """What ``run.json`` says of a run: nothing that changes while it goes on."""
+def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops, peak: float) -> dict[str, Any]:
+    """What ``run.json`` says of a run: nothing that changes while it goes on.
+
+    Args:
+        peak: FLOP/s of one large matrix product, over all ranks.
+    """
     model = parts.pre.base_model
     targets = []
     for target in parts.pre.targets:
@@ -140,6 +144,7 @@ def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops) -> dict[str,
         "global_batch": parts.global_batch,
         "config": dataclasses.asdict(parts.pre.config),
         "flops": {"full": flops.full},
+        "peak_flop_per_s": peak,
         "environment": {
             "cpu": _cpu_name(),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

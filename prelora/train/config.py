@@ -79,6 +79,16 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How several ranks share the work."""
+
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """ddp: a whole replica on each; fsdp: weights, gradients and moments sharded over all of them (FSDP2)."""
+    compress: Literal["none", "bf16"] = "none"
+    """bf16: for ddp, gradients travel in bf16."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """How often checkpoints are written and which stay; the best by top-1 always does."""
 
@@ -121,6 +131,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -135,6 +146,8 @@ class TrainConfig:
             raise ValueError(f"optim.min_lr = {self.optim.min_lr}: must be at most optim.lr = {self.optim.lr}")
         if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
             raise ValueError(f"data.batch_size = {self.data.batch_size}: must be even for mixup and cutmix")
+        if self.distributed.strategy == "fsdp" and self.distributed.compress != "none":
+            raise ValueError(f"distributed.compress = {self.distributed.compress}: must be none with strategy fsdp")
 
 
 _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (

@@ -8,7 +8,7 @@ import functools
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,18 @@ from prelora.checkpoint import (
 from prelora.controller import Event, logits, parameter_counts
 from prelora.data.sampler import train_batches
 from prelora.nn import merge_once
-from prelora.train import memory, run_dir
+from prelora.train import accounting, memory, run_dir
 from prelora.train.build import Parts, config_execution, run_facts
 from prelora.train.config import TrainConfig, save_yaml, to_dict
 from prelora.train.display import Display
 from prelora.train.evaluate import evaluate
-from prelora.train.rng import rng_state, seed_all, set_rng_state
+from prelora.train.peak import measure_peak
+from prelora.train.resume import check_resumable, rank_share, restore_rank_share
+from prelora.train.rng import seed_all
 from prelora.train.stop import Stopper, StopRequested
+from prelora.train.timing import PARTS, StepClock
 
 PROBE_IMAGES = 16
-# What may differ between the run that wrote a checkpoint and the one that goes on from it.
-RESUMABLE = ("output", "resume", "checkpoint", "recipe")
 
 
 class NonFiniteLossError(RuntimeError):
@@ -60,6 +61,8 @@ class Progress:
     """Steps of the epoch under way left out for a loss that was not finite."""
     seconds: float = 0.0
     """Time spent in steps of the epoch under way."""
+    parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    """The same by part of the step."""
     gradient_bytes: int = 0
     pending: dict[str, Any] | None = None
     """Record of an epoch that is trained but not evaluated yet."""
@@ -78,6 +81,8 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(parts.device.type, enabled=config.precision == "fp16")
         self.checkpoints = config.output / run_dir.CHECKPOINTS
         self.main = distributed.rank() == 0
+        self.clock = StepClock(parts.device)
+        self.peak = measure_peak(parts.device, config.precision)
         seed_all(config.seed + distributed.rank())
 
     def run(self) -> None:
@@ -92,7 +97,9 @@ class Trainer:
         log = None
         if self.main:
             save_yaml(self.config, self.config.output / run_dir.CONFIG)  # not before a resume has accepted it
-            run_dir.write_json(self.config.output / run_dir.RUN, run_facts(self.config, self.parts, self.flops))
+            run_dir.write_json(
+                self.config.output / run_dir.RUN, run_facts(self.config, self.parts, self.flops, self.peak)
+            )
             log = run_dir.MetricsLog(self.config.output, self.progress.epoch - (self.progress.pending is not None))
         self.display = Display(self.config.epochs, self.parts.steps_per_epoch, enabled=self.main)
         try:
@@ -131,6 +138,7 @@ class Trainer:
             stop = self._step(batches)
             progress.step += 1
             progress.seconds += time.perf_counter() - began
+            self._take_parts()
             self.display.step(progress.loss_sum / progress.step, self._images(), progress.seconds)
             every = config.checkpoint.every_steps
             if progress.step == parts.steps_per_epoch:
@@ -144,20 +152,28 @@ class Trainer:
 
     def _step(self, batches: Iterator[tuple[Tensor, Tensor]]) -> bool:
         """One optimizer step over the accumulated micro-batches; returns whether the ranks agreed to stop after it."""
-        config, pre = self.config, self.pre
+        config, pre, clock = self.config, self.pre, self.clock
+        clock.start()
         pre.scheduler.step_update(self._global_step())
         total = torch.zeros((), device=self.parts.device)
         with contextlib.ExitStack() as merged:
             with self._autocast():
                 merged.enter_context(merge_once(pre.base_model))
+            clock.mark("forward")
             for micro in range(config.optim.accumulate):
                 last = micro == config.optim.accumulate - 1
+                batch = next(batches)
+                clock.mark("data")
                 with contextlib.nullcontext() if last else _no_sync(pre.model):
-                    loss = self._loss(*next(batches)) / config.optim.accumulate
+                    loss = self._loss(*batch, micro) / config.optim.accumulate
+                    clock.mark("forward")
+                    clock.mark_when_computed(loss, "backward")
                     self.scaler.scale(loss).backward()
+                    clock.mark("communication")
                 total += loss.detach()
         stop, finite = self.stopper.agree(torch.isfinite(total))
         self.progress.loss_sum += total.item()
+        clock.mark("communication")
         if finite:
             self._update()
         elif config.on_nan == "stop":
@@ -168,9 +184,10 @@ class Trainer:
         else:
             self.progress.skipped += 1
         pre.optimizer.zero_grad(set_to_none=True)
+        clock.mark("optimizer")
         return stop
 
-    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor, micro: int) -> Tensor:
         images, labels = (tensor.to(self.parts.device, non_blocking=True) for tensor in (images, labels))
         targets = labels
         if self.parts.mixup is not None:
@@ -181,6 +198,7 @@ class Trainer:
     def _update(self) -> None:
         config, pre = self.config, self.pre
         pre.finish_gradients()
+        self.clock.mark("backward")
         self.progress.gradient_bytes = memory.gradient_bytes(pre.optimizer)
         if config.optim.clip_grad is not None:
             self.scaler.unscale_(pre.optimizer)
@@ -199,6 +217,14 @@ class Trainer:
         trainable, _ = parameter_counts(pre.base_model)
         lr = pre.optimizer.param_groups[0]["lr"]
         peak = memory.peak_bytes(self.parts.device)
+        measured = accounting.rates(
+            images=self._images(),
+            seconds=progress.seconds,
+            parts=progress.parts,
+            flops_per_image=self._phase_flops(phase, pre.ranks),
+            peak=self.peak,
+        )
+        communicated = accounting.communication(pre.model, compressed=self.config.distributed.compress == "bf16")
         probe = self._probe if phase == "full" else None
         event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=probe)
         progress.pending = {
@@ -208,8 +234,8 @@ class Trainer:
             "loss": event.loss,
             "lr": float(lr),
             "images": self._images(),
-            "seconds": progress.seconds,
-            "img_per_s": self._images() / progress.seconds,
+            **measured,
+            "communication": communicated,
             "peak_memory_bytes": peak,
             "memory": trained_with,
             "trainable": trainable,
@@ -224,11 +250,19 @@ class Trainer:
 
     def _event(self, event: Event) -> dict[str, Any]:
         names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
-        flops = None
-        if event.ranks:
-            train_lora_a = self.config.prelora.train_lora_a
-            flops = self.flops.phases(event.ranks, config_execution(self.config), train_lora_a).as_dict()
+        flops = self._flops_by_phase(event.ranks) if event.ranks else None
         return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
+
+    def _flops_by_phase(self, ranks: dict[str, int]) -> dict[str, float]:
+        train_lora_a = self.config.prelora.train_lora_a
+        return self.flops.phases(ranks, config_execution(self.config), train_lora_a).as_dict()
+
+    def _phase_flops(self, phase: str, ranks: dict[str, int]) -> float:
+        return self._flops_by_phase(ranks)[phase] if ranks else self.flops.full
+
+    def _take_parts(self) -> None:
+        for part, seconds in self.clock.take().items():
+            self.progress.parts[part] += seconds
 
     def _finish_epoch(self, log: run_dir.MetricsLog | None) -> None:
         """Evaluate, write the record, write the checkpoint."""
@@ -277,7 +311,7 @@ class Trainer:
 
     def _save(self, metric: float | None = None) -> None:
         """Write a checkpoint on rank 0; all ranks fail alike."""
-        ranks = distributed.gather_json({"rng": rng_state(), "loss_sum": self.progress.loss_sum})
+        ranks = distributed.gather_json(rank_share(self.progress.loss_sum))
         progress = self.progress
         tree = {
             **self.pre.state_dict(),
@@ -315,36 +349,17 @@ class Trainer:
             return
         tree = load_checkpoint(Path(chosen))
         saved = tree["train"]
-        _check_resumable(saved, to_dict(self.config))
+        check_resumable(saved, to_dict(self.config))
         self.pre.load_state_dict(tree)
         self.progress = Progress(**saved["progress"])
         self.scaler.load_state_dict(saved["scaler"])
-        mine = saved["ranks"][distributed.rank()]
-        self.progress.loss_sum = mine["loss_sum"]  # each rank's own: the mean over ranks is taken at the epoch's end
-        set_rng_state(mine["rng"])
+        # Each rank's own: the mean over ranks is taken at the epoch's end.
+        self.progress.loss_sum = restore_rank_share(saved, self.config.seed, self._global_step())
         if self.main:
             for aside in set_aside_newer(self.checkpoints, Path(chosen)):
                 print(f"resume: the damaged checkpoint is kept as {aside}", flush=True)
             where = f"epoch {self.progress.epoch}, step {self.progress.step}, phase {self.pre.phase}"
             print(f"resume: going on from {chosen} ({where})", flush=True)
-
-
-def _check_resumable(saved: dict[str, Any], config: dict[str, Any]) -> None:
-    for key, value in config.items():
-        if key not in RESUMABLE and saved["config"].get(key) != value:
-            theirs = saved["config"].get(key)
-            if isinstance(value, dict) and isinstance(theirs, dict):
-                inner = next(k for k in [*value, *theirs] if value.get(k) != theirs.get(k))
-                key, value, theirs = f"{key}.{inner}", value.get(inner), theirs.get(inner)
-            raise CheckpointError(
-                f"the checkpoint was written with {key} = {theirs}, the config says {value}: resume with the same, "
-                f"or give another output to start anew"
-            )
-    if saved["world_size"] != distributed.world_size():
-        raise CheckpointError(
-            f"the checkpoint was written by {saved['world_size']} ranks, there are {distributed.world_size()}: "
-            f"the batch and the random states are per rank; resume with as many"
-        )
 
 
 def _no_sync(model: nn.Module) -> AbstractContextManager[None]:

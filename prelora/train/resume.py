@@ -1,0 +1,78 @@
+"""What a checkpoint of one run may be resumed with, and each rank's own share of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+from prelora import distributed
+from prelora.errors import CheckpointError
+from prelora.train.rng import rng_state, seed_all, set_rng_state
+
+# What may differ between the run that wrote a checkpoint and the one that goes on from it.
+FREE = ("output", "resume", "checkpoint", "recipe", "distributed", "data.path", "data.workers")
+# These may if the global batch stays what it was: the same samples then make up the same steps.
+SPLIT = ("data.batch_size", "optim.accumulate")
+
+
+def check_resumable(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Hold a checkpoint's config and number of ranks against this run's.
+
+    Args:
+        saved: the checkpoint's ``"train"`` entry.
+        config: this run's config, as plain values.
+
+    Raises:
+        CheckpointError: naming the first field that differs and may not, with both values.
+    """
+    theirs, ours = _flat(saved["config"]), _flat(config)
+    for key in [*ours, *theirs]:
+        if key in FREE or key.partition(".")[0] in FREE or key in SPLIT:
+            continue
+        if theirs.get(key) != ours.get(key):
+            raise CheckpointError(
+                f"the checkpoint was written with {key} = {theirs.get(key)}, the config says {ours.get(key)}: resume "
+                f"with the same, or give another output to start anew"
+            )
+    before, now = _batch(theirs, saved["world_size"]), _batch(ours, distributed.world_size())
+    if before[0] != now[0]:
+        raise CheckpointError(
+            f"the checkpoint was written with a global batch of {before[1]}, this run's is {now[1]}: steps, schedule "
+            f"and the order of samples are counted in it; accepted is any split into images, accumulated batches and "
+            f"ranks that gives {before[0]}"
+        )
+
+
+def rank_share(loss_sum: float) -> dict[str, Any]:
+    """What is each rank's own in a checkpoint."""
+    return {"rng": rng_state(), "loss_sum": loss_sum}
+
+
+def restore_rank_share(saved: Mapping[str, Any], seed: int, step: int) -> float:
+    """Set this rank's random states as they were; returns its sum of losses of the epoch under way.
+
+    With another number of ranks there is nothing to restore: the states are drawn anew from (seed, step, rank), and
+    each rank takes the mean of the sums, which is all that is read of them.
+    """
+    shares = saved["ranks"]
+    if len(shares) == distributed.world_size():
+        mine = shares[distributed.rank()]
+        set_rng_state(mine["rng"])
+        return mine["loss_sum"]
+    drawn = hashlib.sha256(f"{seed}:{step}:{distributed.rank()}".encode()).digest()
+    seed_all(int.from_bytes(drawn[:4], "big"))
+    return sum(share["loss_sum"] for share in shares) / len(shares)
+
+
+def _batch(config: Mapping[str, Any], ranks: int) -> tuple[int, str]:
+    images, accumulated = (config[key] for key in SPLIT)
+    total = images * accumulated * ranks
+    return total, f"{total} = {images} images × {accumulated} accumulated × {ranks} rank(s)"
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
