@@ -18,6 +18,7 @@ SPEED = {"full": 100.0, "warmup": 96.0, "lora": 130.0}
 ACTIVATIONS = 30 << 20
 OTHERS = 150_000
 """Parameters that are no target's."""
+PARTS = {"data": 0.1, "forward": 0.3, "backward": 0.5, "communication": 0.0, "optimizer": 0.1}
 FLOPS = {"full": 36.0e9, "warmup": 36.0e9, "lora": 26.0e9}
 
 
@@ -106,7 +107,12 @@ def _line(epoch, phase, progress, norms, memory):
         "lr": 1e-3 * min(1, epoch / 5) * 0.5 * (1 + math.cos(math.pi * progress)),
         "images": 1280,
         "seconds": 1280 / speed,
+        "parts": {part: share * 1280 / speed for part, share in PARTS.items()},
         "img_per_s": speed,
+        "img_per_s_computing": speed / 0.9,
+        "flop_per_s": 1e9 * speed,
+        "peak_share": 0.5,
+        "communication": {},
         "peak_memory_bytes": sum(memory.values()) + ACTIVATIONS,
         "memory": memory,
         "norms": norms,
@@ -131,6 +137,7 @@ def _run_json(targets, parameters, epochs, warmup):
         "targets": targets,
         "epochs": epochs,
         "global_batch": 64,
+        "peak_flop_per_s": 4e11,
         "config": {"k": 3, "m": 3, "tau": 0.5, "zeta": 2.5, "r_min": 8, "r_max": 64, "warmup_epochs": warmup},
         "flops": {"full": FLOPS["full"]},
         "environment": {"cpu": "Some CPU", "cores": 2, "gpu": None, "precision": "fp32"},

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 from statistics import median
 
 import pytest
-from test_figures import FLOPS, OTHERS, write_all_kinds, write_run
+from test_figures import FLOPS, OTHERS, PARTS, write_all_kinds, write_run
 
 from prelora.analysis import report
 from prelora.analysis.markup import Html
@@ -123,6 +123,27 @@ def test_slower_than_full_is_said(tmp_path):
     row = Page(write_report(folder).read_text()).table("Measured", "FLOP ceiling")["LORA"]
     assert (row["Measured"], row["Share of possible gain"]) == ("0.90×", "–")
     assert row["Remark"].startswith("Slower than FULL")
+
+
+@pytest.mark.usefixtures("without_figures")
+def test_between_ranks_a_speed_up_stands_beside_the_communication_bound_too(tmp_path):
+    def send(line):
+        line["communication"] = {"all_reduce": 2**20 if line["phase"] != "lora" else 2**18}
+        line["img_per_s"] = 250.0 if line["phase"] == "lora" else 100.0
+
+    page = Page(write_report(rewrite(write_run(tmp_path / "ranks", world_size=2), send)).read_text())
+    row = page.table("Measured", "FLOP ceiling")["LORA"]
+    assert (row["Measured"], row["Communication bound"]) == ("2.50×", "4.00×")
+    assert "Exceeds" not in page.text
+    assert page.table("Data", "Backward")["LORA"]["Sent per step and rank"] == "256 KiB all-reduce"
+
+
+def test_a_steps_time_is_shared_out_by_part_and_its_rate_stands_beside_the_peak(pages):
+    row = Page(pages["whole"]).table("Data", "Backward")["LORA"]
+
+    assert [row[part.capitalize()] for part in PARTS] == ["10 %", "30 %", "50 %", "0.0 %", "10 %"]
+    assert row["Images/s without the wait"] == "144"
+    assert (row["GFLOP/s"], row["of the peak"]) == ("130", "32 %")
 
 
 @pytest.mark.usefixtures("without_figures")

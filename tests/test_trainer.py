@@ -3,6 +3,7 @@
 import functools
 import io
 import itertools
+import json
 import sys
 import warnings
 
@@ -100,6 +101,24 @@ def test_steps_images_and_rate_agree(run):
         assert line["img_per_s"] == pytest.approx(line["images"] / line["seconds"])
 
 
+def test_the_parts_of_a_steps_time_make_up_the_whole(run):
+    for line in metrics(run):
+        assert min(line["parts"].values()) >= 0
+        assert sum(line["parts"].values()) == pytest.approx(line["seconds"], rel=0.1)
+        assert min(line["parts"][part] for part in ("data", "forward", "backward", "optimizer")) > 0
+
+
+def test_the_computing_rate_leaves_out_the_wait_for_images_and_stands_beside_the_peak(run):
+    facts = json.loads((run / "run.json").read_text())
+    plan = next(line["event"]["plan_flops"] for line in metrics(run) if line["event"]["plan_flops"])
+
+    for line in metrics(run):
+        computing = line["seconds"] - line["parts"]["data"]
+        assert line["img_per_s_computing"] == pytest.approx(line["images"] / computing)
+        assert line["flop_per_s"] == pytest.approx(line["img_per_s_computing"] * plan[line["phase"]])
+        assert line["peak_share"] == pytest.approx(line["flop_per_s"] / facts["peak_flop_per_s"])
+
+
 def test_every_target_has_its_norms_in_every_epoch(run):
     for line in metrics(run):
         switched = line["event"]["ranks"] != {} and line["event"]["action"] != "switch"
@@ -141,7 +160,12 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(run):
         return {event.step: event.value for event in board.Scalars(tag)}
 
     lines = {line["epoch"]: line for line in metrics(run)}
-    for tag, field in [("train/loss", "loss"), ("train/lr", "lr"), ("train/trainable", "trainable")]:
+    for tag, field in [
+        ("train/loss", "loss"),
+        ("train/lr", "lr"),
+        ("train/trainable", "trainable"),
+        ("train/flop_per_s", "flop_per_s"),
+    ]:
         assert scalars(tag) == pytest.approx({epoch: line[field] for epoch, line in lines.items()})
     for tag, part, field in [
         ("eval/top1", "eval", "top1"),
@@ -149,6 +173,7 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(run):
         (f"norm/{TARGETS[0]}", "norms", TARGETS[0]),
         (f"update/{TARGETS[-1]}", "update", TARGETS[-1]),
         ("memory/optimizer", "memory", "optimizer"),
+        ("step/backward", "parts", "backward"),
     ]:
         assert scalars(tag) == pytest.approx({epoch: line[part][field] for epoch, line in lines.items()})
 

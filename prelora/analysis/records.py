@@ -55,6 +55,8 @@ class RunInfo:
     config: Mapping[str, Any]
     full_flops: float
     """FLOPs per image in FULL, forward and backward; NaN if not counted."""
+    peak: float
+    """FLOP/s of one large matrix product on the same ranks; NaN if not measured."""
     environment: Mapping[str, Any]
     versions: Mapping[str, str]
 
@@ -115,7 +117,15 @@ class Epoch:
     lr: float
     images: int
     seconds: float
+    parts: Mapping[str, float]
+    """Seconds by part of the step."""
     img_per_s: float
+    img_per_s_computing: float
+    """The same without the time that was spent waiting for images."""
+    flop_per_s: float
+    """FLOPs of the phase over the time not spent waiting for images."""
+    communication: Mapping[str, int]
+    """Bytes that one rank hands to each kind of collective in an optimizer step."""
     peak_memory: int
     """Bytes; 0 if not measured."""
     memory: Mapping[str, int]
@@ -237,6 +247,7 @@ def _run_info(raw: Mapping[str, Any]) -> RunInfo:
         global_batch=raw["global_batch"],
         config=raw["config"],
         full_flops=_number((raw.get("flops") or {}).get("full")),
+        peak=_number(raw["peak_flop_per_s"]),
         environment=raw["environment"],
         versions={name: raw[name] for name in ("prelora", "torch")},
     )
@@ -285,7 +296,11 @@ def _epoch(raw: Mapping[str, Any]) -> Epoch:
         lr=_number(raw["lr"]),
         images=raw["images"],
         seconds=_number(raw["seconds"]),
+        parts=_numbers(raw["parts"]),
         img_per_s=_number(raw["img_per_s"]),
+        img_per_s_computing=_number(raw["img_per_s_computing"]),
+        flop_per_s=_number(raw["flop_per_s"]),
+        communication=raw["communication"],
         peak_memory=raw["peak_memory_bytes"] or 0,
         memory=raw["memory"],
         trainable=raw["trainable"],

@@ -8,6 +8,7 @@ from prelora.analysis import sections
 from prelora.analysis.gallery import figure_section
 from prelora.analysis.markup import Html, page, paragraph, to_html
 from prelora.analysis.records import Run, load_run
+from prelora.analysis.step_section import step_section
 from prelora.files import replace_text
 
 
@@ -39,6 +40,7 @@ def render(run: Run) -> str:
         sections.story(run),
         sections.speed_section(run),
         sections.phase_section(run),
+        step_section(run),
         sections.memory_section(run),
         figure_section(run),
         sections.log_section(run),

@@ -90,12 +90,15 @@ def speed_section(run: Run) -> Html:
     found = speed_ups(run)
     if not found:
         return section(title, paragraph("None is shown: only FULL was trained, and a speed-up needs a second phase."))
-    headers = ["", "Measured", "FLOP ceiling", "Measured / ceiling", "Share of possible gain", "Remark"]
+    several = any(speed.communication is not None for speed in found)
+    bound = ["Communication bound"] if several else []
+    headers = ["", "Measured", "FLOP ceiling", *bound, "Measured / ceiling", "Share of possible gain", "Remark"]
     rows = [
         [
             NAMES[speed.phase],
             Html(f"<strong>{_times(speed.measured)}</strong>"),
             _times(speed.ceiling),
+            *([_times(speed.communication)] if several else []),
             percent(speed.of_ceiling),
             percent(speed.of_gain),
             _speed_remark(speed),
@@ -109,7 +112,12 @@ def speed_section(run: Run) -> Html:
         "Share of possible gain: (measured − 1) / (ceiling − 1). "
         "The whole run is compared with as many epochs at FULL's median pace."
     )
-    return section(title, table(headers, rows, text_columns=(0, 5)), paragraph(note, kind="note"))
+    if several:
+        note += (
+            " Communication bound: ratio of the bytes between ranks in a step, what a run that waits for nothing but "
+            "its network can gain; between the two bounds lies what both together allow."
+        )
+    return section(title, table(headers, rows, text_columns=(0, len(headers) - 1)), paragraph(note, kind="note"))
 
 
 def _times(ratio: float | None) -> str:

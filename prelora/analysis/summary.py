@@ -51,6 +51,13 @@ class PhaseSummary:
     phase: str
     epochs: int
     images_per_second: Spread | None
+    computing: Spread | None
+    """Images per second, not counting the time spent waiting for images."""
+    flop_per_s: Spread | None
+    parts: Mapping[str, float]
+    """Share of a step's time by part; empty if not measured."""
+    communication: Mapping[str, int]
+    """Bytes that one rank hands to each kind of collective in an optimizer step."""
     seconds: Spread | None
     """Training part of an epoch."""
     seconds_per_image: float
@@ -72,9 +79,12 @@ class SpeedUp:
     """``"warmup"``, ``"lora"`` or ``"run"``, the whole run."""
     measured: float | None
     ceiling: float | None
+    """What FLOPs allow on one compute-bound device."""
     why: str = ""
     epochs: tuple[int, int] = (0, 0)
     """Epochs measured: in FULL and in the phase."""
+    communication: float | None = None
+    """What the bytes between ranks allow where nothing but the network counts; None for one rank."""
 
     @property
     def of_ceiling(self) -> float | None:
@@ -93,8 +103,10 @@ class SpeedUp:
 
     @property
     def exceeds(self) -> bool:
-        """Whether more was measured than FLOPs allow."""
-        return self.of_ceiling is not None and self.of_ceiling > 1
+        """Whether more was measured than FLOPs and communication allow."""
+        if self.measured is None or self.ceiling is None:
+            return False
+        return self.measured > max(self.ceiling, self.communication or 0.0)
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,10 @@ def _summarize(run: Run, phase: str) -> PhaseSummary:
         phase=phase,
         epochs=len(epochs),
         images_per_second=Spread.of([epoch.img_per_s for epoch in epochs]),
+        computing=Spread.of([epoch.img_per_s_computing for epoch in epochs]),
+        flop_per_s=Spread.of([epoch.flop_per_s for epoch in epochs]),
+        parts=_shares(epochs),
+        communication=epochs[-1].communication,
         seconds=Spread.of([epoch.seconds for epoch in epochs]),
         seconds_per_image=per_image.median if per_image else math.nan,
         trainable=epochs[-1].trainable,
@@ -125,6 +141,19 @@ def _summarize(run: Run, phase: str) -> PhaseSummary:
         peak_memory=max(epoch.peak_memory for epoch in epochs),
         memory=epochs[-1].memory,
     )
+
+
+def _shares(epochs: Sequence[Epoch]) -> dict[str, float]:
+    spent: Counter[str] = Counter()
+    for epoch in epochs:
+        spent.update({part: seconds for part, seconds in epoch.parts.items() if math.isfinite(seconds)})
+    total = sum(spent.values())
+    return {part: seconds / total for part, seconds in spent.items()} if total else {}
+
+
+def traffic(communication: Mapping[str, int]) -> int:
+    """Bytes that cross a rank's links in a step, as rings over many ranks move them: an all-reduce's twice."""
+    return sum(2 * size if kind == "all_reduce" else size for kind, size in communication.items())
 
 
 def speed_ups(run: Run) -> list[SpeedUp]:
@@ -142,7 +171,8 @@ def _phase_speed_up(run: Run, phases: Mapping[str, PhaseSummary], phase: str) ->
     if full is None or here is None or full.median <= 0:
         return SpeedUp(phase, None, None, "no images per second were measured")
     ceiling = run.flops["full"] / run.flops[phase]
-    return SpeedUp(phase, here.median / full.median, ceiling, epochs=(full.count, here.count))
+    less = _less_traffic(phases["full"], [phases[phase]])
+    return SpeedUp(phase, here.median / full.median, ceiling, epochs=(full.count, here.count), communication=less)
 
 
 def _run_speed_up(run: Run, phases: Mapping[str, PhaseSummary]) -> SpeedUp:
@@ -156,7 +186,14 @@ def _run_speed_up(run: Run, phases: Mapping[str, PhaseSummary]) -> SpeedUp:
     spent = sum(summary.epochs * summary.seconds_per_image for summary in phases.values())
     flops = sum(summary.epochs * run.flops[phase] for phase, summary in phases.items())
     measured = count * phases["full"].seconds_per_image / spent
-    return SpeedUp("run", measured, count * run.flops["full"] / flops, epochs=(phases["full"].epochs, count))
+    ceiling, less = count * run.flops["full"] / flops, _less_traffic(phases["full"], list(phases.values()))
+    return SpeedUp("run", measured, ceiling, epochs=(phases["full"].epochs, count), communication=less)
+
+
+def _less_traffic(full: PhaseSummary, phases: Sequence[PhaseSummary]) -> float | None:
+    """FULL's bytes between ranks over those of ``phases``, epoch by epoch; None where a step sends none."""
+    sent = sum(phase.epochs * traffic(phase.communication) for phase in phases)
+    return traffic(full.communication) * sum(phase.epochs for phase in phases) / sent if sent else None
 
 
 def _missing(run: Run, phases: Mapping[str, PhaseSummary], needed: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ CONFIG, RUN, METRICS, CHECKPOINTS, TENSORBOARD = (
     "checkpoints",
     "tensorboard",
 )
+RATES = ("img_per_s", "img_per_s_computing", "flop_per_s", "peak_share")
 
 
 def claim(config: TrainConfig) -> None:
@@ -62,7 +63,9 @@ class MetricsLog:
         scalars = {
             "train/loss": record["loss"],
             "train/lr": record["lr"],
-            "train/img_per_s": record["img_per_s"],
+            **{f"train/{name}": record[name] for name in RATES},
+            **{f"step/{part}": seconds for part, seconds in record["parts"].items()},
+            **{f"communication/{kind}": size for kind, size in record["communication"].items()},
             "train/trainable": record["trainable"],
             "memory/peak_bytes": record["peak_memory_bytes"],
             **{f"memory/{item}": size for item, size in record["memory"].items()},
