@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prelora import _ext, distributed, monitor, optim, surgery
+from prelora import _ext, distributed, monitor, optim, sharding, shards, surgery
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
@@ -111,17 +112,21 @@ class PreLoRA:
         self.switch_epoch: int | None = None
         self.ranks: dict[str, int] = {}
         """The plan by target; empty before the switch."""
-        distributed.check_unsharded(self.base_model)
+        self._reshard()
         self.targets = find_targets(self.base_model, targets)
+        sharding.check_sharding(self.base_model, self.targets)
         optim.check_rebuildable(optimizer)
         held = set(optim.parameter_names(optimizer, self.base_model).values())
         if idle := [target.name for target in self.targets if f"{target.path}.weight" not in held]:
-            raise OptimizerError(f"the optimizer does not hold the weights of {len(idle)} targets, as {idle[0]}")
+            after = ": build it after fully_shard" if sharding.is_sharded(self.base_model) else ""
+            raise OptimizerError(f"the optimizer does not hold the weights of {len(idle)} targets, as {idle[0]}{after}")
         if scheduler is not None:
             optim.check_schedulable(scheduler, optimizer)
         averaged = self._averaged
         if averaged is not None and list(averaged.state_dict()) != list(self.base_model.state_dict()):
             raise ValueError("the parameters and buffers of ema.module are not the model's: build ema from the model")
+        if averaged is not None and sharding.is_sharded(averaged) != sharding.is_sharded(self.base_model):
+            raise ValueError("model or ema.module alone is sharded: build ema, then apply fully_shard to both alike")
         self._monitor = Monitor(self.targets, self.config)
         self._ramp = optim.LoRARamp(0, 0)
         self._hooks: list[Any] = []
@@ -141,6 +146,11 @@ class PreLoRA:
         """The plain model that holds the average."""
         return distributed.unwrap(self.ema.module) if self.ema is not None else None
 
+    def _reshard(self) -> None:
+        """Have the models hold their sharded parameters, those that the optimizer knows."""
+        for model in filter(None, (self.base_model, self._averaged)):
+            sharding.reshard(model)
+
     def end_epoch(self, loss: float | Tensor, probe: Any = None) -> Event:
         """Record an epoch and, when it is time, switch or freeze; on every rank, at the same epoch boundary.
 
@@ -152,6 +162,7 @@ class PreLoRA:
         Raises:
             RuntimeError: the switch did not do what it promises (function, ranks, equality between ranks).
         """
+        self._reshard()
         self.epoch += 1
         mean_loss = distributed.mean_over_ranks(float(loss))
         norms = monitor.measure(self.base_model, self.targets, self._snapshot)
@@ -188,6 +199,7 @@ class PreLoRA:
         ``optimizer.step`` does so itself where it was not called, and outside of the warm-up there is nothing to do.
         """
         if self._defers:
+            self._reshard()
             lora_grads_from_weights(self.base_model)
             self._finished_step = self.step
 
@@ -210,6 +222,7 @@ class PreLoRA:
     def merged_state_dict(self, ema: bool = False) -> dict[str, Tensor]:
         """State dict of the plain timm or transformers model, of the weights or of their average.
 
+        Of a sharded model a collective: called on every rank, it is whole on every one, on the model's device.
         On a CPU, memory that is kept from one step's effective weights for the next one's is given back first.
 
         Raises:
@@ -219,10 +232,15 @@ class PreLoRA:
         if model is None:
             raise ValueError("merged_state_dict(ema=True): PreLoRA was given no ema")
         _ext.release_memory()
+        self._reshard()
         return surgery.merged_state_dict(model)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything to go on from here: nested dicts of tensors (not copied) and plain values."""
+        """Everything to go on from here: nested dicts of tensors (not copied) and plain values.
+
+        Of a sharded model the tensors are DTensors, for ``sharded_checkpoint.save_together``.
+        """
+        self._reshard()
         return {
             "version": STATE_VERSION,
             "config": dataclasses.asdict(self.config),
@@ -247,10 +265,14 @@ class PreLoRA:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Rebuild the saved phase's structure, then load; into a PreLoRA built as the saved one was, on every rank.
 
+        How the model was wrapped or sharded, and over how many ranks, may differ: tensors of the state may be whole or
+        DTensors, and are laid out anew.
+
         Raises:
             CheckpointError: the state is of another model, config, optimizer or version; nothing is changed then.
             RuntimeError: this PreLoRA has switched already.
         """
+        self._reshard()
         if self.phase != "full":
             raise RuntimeError(f"load_state_dict in phase {self.phase!r}: load into a freshly built PreLoRA")
         check_state(
@@ -271,19 +293,19 @@ class PreLoRA:
         self.switch_epoch = state["switch_epoch"]
         self._ramp = optim.LoRARamp(**state["ramp"])
         self._monitor.load_state_dict(state["monitor"])
-        self.base_model.load_state_dict(state["model"])
+        _load(self.base_model, state["model"])
         optim.load_named_state(self.optimizer, self.base_model, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self._averaged is not None:
-            self._averaged.load_state_dict(state["ema"])
+            _load(self._averaged, state["ema"])
             for name, buffer in own_buffers(self.ema).items():
                 buffer.copy_(state["ema_buffers"][name])
         self._take_snapshot()
         if self._snapshot is not None and state["snapshot"] is not None:
             self._snapshot_step = -1
             for path, tensor in self._snapshot.items():
-                tensor.copy_(state["snapshot"][path])
+                tensor.copy_(shards.laid_out_like(state["snapshot"][path], tensor))
         distributed.check_same_on_all_ranks(self.base_model)
 
     def _take_snapshot(self) -> None:
@@ -365,6 +387,7 @@ class PreLoRA:
         self._watch_steps()
         # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
+        distributed.check_agreed("the realised ranks", surgery.realised_ranks(model, self.targets))
         deferred = defer_lora_grads(model, self._defers)
         reduced = {name for name, _ in model.named_parameters() if surgery.is_lora(name)} - set(deferred)
         self.model = distributed.rewrap(self.model, unreduced=deferred, reduced=reduced)
@@ -373,15 +396,22 @@ class PreLoRA:
     def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
         def into(model: nn.Module) -> dict[str, str]:
             config = self.config
-            return surgery.inject(
-                model,
-                self.targets,
-                ranks,
-                alpha=config.alpha,
-                dropout=config.lora_dropout,
-                execution=config.execution,
-                seed=self.seed,
-            )
+            device = shards.local(target_linear(model, self.targets[0]).weight).device
+            sharded = sharding.is_sharded(model)
+            with sharding.taken_apart(model) if sharded else contextlib.nullcontext():
+                added = surgery.inject(
+                    model,
+                    self.targets,
+                    ranks,
+                    alpha=config.alpha,
+                    dropout=config.lora_dropout,
+                    execution=config.execution,
+                    seed=self.seed,
+                    device=device,
+                )
+                if sharded:  # afterwards every rank holds another part, and nothing can be compared
+                    distributed.check_same_on_all_ranks(model)
+            return added
 
         averaged = self._averaged
         if averaged is not None:
@@ -392,7 +422,7 @@ class PreLoRA:
     def _released(self, model: nn.Module, dropped: Sequence[str]) -> dict[str, int]:
         parameters = dict(model.named_parameters())
         state = optim.state_bytes(self.optimizer)
-        gradients = sum(parameters[name].nbytes for name in dropped)
+        gradients = sum(shards.local(parameters[name]).nbytes for name in dropped)
         released = {
             "gradients": gradients,
             "optimizer_state": sum(state.get(parameters[name], 0) for name in dropped),
@@ -437,4 +467,16 @@ def _probed(model: nn.Module, probe: Any) -> Tensor | None:
     output = model.eval()(*(probe if isinstance(probe, tuple) else (probe,)))
     for module, mode in training.items():
         module.training = mode
+    sharding.reshard(model)
     return logits(output)
+
+
+def _load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """``module.load_state_dict``, whether either side is sharded or not."""
+    spread = {name: tensor for name, tensor in module.state_dict().items() if shards.is_shard(tensor)}
+    module.load_state_dict(
+        {
+            name: shards.laid_out_like(value, spread[name]) if name in spread else shards.full(value)
+            for name, value in saved.items()
+        }
+    )

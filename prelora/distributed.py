@@ -5,15 +5,20 @@ Nothing is pickled: objects travel as JSON in byte tensors.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import inspect
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from prelora.sharding import is_sharded
+from prelora.shards import is_shard, local, shard_index
 
 MIX = 0x1E3779B97F4A7C15
 DDP_OPTIONS = (
@@ -54,19 +59,8 @@ def unwrap(model: nn.Module) -> nn.Module:
         return unwrap(model.module)
     name = type(model).__name__
     if name in ("DataParallel", "FullyShardedDataParallel"):
-        raise TypeError(f"{name} is not supported: wrap the model in DistributedDataParallel")
+        raise TypeError(f"{name} is not supported: wrap the model in DistributedDataParallel, or fully_shard it")
     return model
-
-
-def check_unsharded(model: nn.Module) -> None:
-    """Refuse a plain model whose parameters are spread over ranks.
-
-    Raises:
-        TypeError: naming the first.
-    """
-    sharded = next((n for n, p in model.named_parameters() if type(p.data).__name__ == "DTensor"), None)
-    if sharded is not None:
-        raise TypeError(f"parameter {sharded!r} is a sharded DTensor (FSDP2); accepted are plain and DDP models")
 
 
 def rewrap(model: nn.Module, *, unreduced: Collection[str] = (), reduced: Collection[str] = ()) -> nn.Module:
@@ -111,6 +105,45 @@ def _ddp_options(model: DistributedDataParallel) -> dict[str, Any]:
     elif not model.bucket_bytes_cap_default:
         options["bucket_cap_mb"] = model.bucket_bytes_cap / 2**20
     return options
+
+
+def compress_gradients(model: nn.Module) -> None:
+    """Have DDP all-reduce gradients in bf16, now and after every switch.
+
+    Raises:
+        TypeError: no DistributedDataParallel; FSDP2 takes ``MixedPrecisionPolicy(reduce_dtype=torch.bfloat16)``.
+    """
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+    while (compiled := _compiled(model)) is not None:
+        model = compiled
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"compress_gradients({type(model).__name__}): accepted is a DistributedDataParallel")
+    model.register_comm_hook(model.process_group, bf16_compress_hook)
+
+
+@contextlib.contextmanager
+def no_sync(model: nn.Module) -> Iterator[None]:
+    """Inside, backward adds to the gradients without communication: for all but the last micro-batch of a step.
+
+    Under FSDP2 each rank holds a whole gradient of every parameter until the reducing backward. A plain model's
+    gradients are never reduced.
+    """
+    compiled = _compiled(model)
+    if compiled is not None:
+        with no_sync(compiled):
+            yield
+    elif isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif is_sharded(model):
+        model.set_requires_gradient_sync(False)  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    else:
+        yield
 
 
 def has_gradient_buckets(model: nn.Module) -> bool:
@@ -194,15 +227,20 @@ def _decode(data: Tensor) -> Any:
 
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> dict[str, int]:
-    """A checksum of every parameter's bits, by name, with a single device-to-host copy."""
-    parameters = dict(model.named_parameters())
-    sums = [_bit_sum(parameter) for parameter in parameters.values()]
-    return dict(zip(parameters, torch.stack(sums).tolist(), strict=True)) if sums else {}
+    """A checksum of every parameter's bits, by name, with a single device-to-host copy.
+
+    The name of a sharded parameter is followed by the number of the shard that is here; parameters on the meta device
+    have no bits and are left out.
+    """
+    named = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.is_meta]
+    names = [f"{name}@{shard_index(parameter)[0]}" if is_shard(parameter) else name for name, parameter in named]
+    sums = [_bit_sum(local(parameter)) for _, parameter in named]
+    return dict(zip(names, torch.stack(sums).tolist(), strict=True)) if sums else {}
 
 
 def _bit_sum(tensor: Tensor) -> Tensor:
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    data = tensor.detach().contiguous().flatten().view(bits).to(torch.int64)
+    data = tensor.contiguous().flatten().view(bits).to(torch.int64)
     # Mixed with the position before it is summed (modulo 2^64): no two changes cancel, not even two sign bits.
     data = data + torch.arange(data.numel(), device=data.device) * MIX
     data = (data ^ (data >> 31)) * MIX
@@ -212,13 +250,30 @@ def _bit_sum(tensor: Tensor) -> Tensor:
 def check_same_on_all_ranks(model: nn.Module) -> None:
     """Hold that every rank has bit-identical parameters; buffers may be each rank's own.
 
+    Of sharded parameters, those of ranks that hold the same shard; of each, that every rank has one.
+
     Raises:
         RuntimeError: naming the first that differ and the rank.
     """
     if world_size() == 1:
         return
     prints = gather_json(fingerprint(model))
+    names = [{key.partition("@")[0] for key in found} for found in prints]
+    known: dict[str, int] = {}
     for other, found in enumerate(prints):
-        different = [name for name in {**prints[0], **found} if found.get(name) != prints[0].get(name)]
+        different = [key for key, value in found.items() if known.setdefault(key, value) != value]
+        different += sorted(names[other] ^ names[0])
         if different:
             raise RuntimeError(f"rank {other} and rank 0 differ in {len(different)} parameters, as {different[:2]}")
+
+
+def check_agreed(what: str, value: Any) -> None:
+    """Hold that ``value``, plain data, is the same on every rank; what travels is its hash.
+
+    Raises:
+        RuntimeError: naming ``what`` and the first rank that differs from rank 0.
+    """
+    digests = gather_json(hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest())
+    other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+    if other is not None:
+        raise RuntimeError(f"{what} of rank {other} differ from those of rank 0")

@@ -19,6 +19,8 @@ from prelora.convergence import Verdict, layer_changes, partial_convergence_test
 from prelora.nn import LoRALinear
 from prelora.nn.linear import lora_arguments
 from prelora.ops import merged_norms, weight_norms
+from prelora.sharded_norms import sharded_effective_weight, sharded_norms
+from prelora.shards import is_shard
 from prelora.targets import Target, by_group, by_module, target_linear
 
 
@@ -40,12 +42,28 @@ class Norms:
 def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, Tensor] | None = None) -> Norms:
     """Norms of every target.
 
+    Of a sharded model each rank adds up the rows that it holds: a collective, with one sum over ranks for them all.
+
     Args:
-        model: the plain model.
+        model: the plain model, or one in FSDP2 that holds its shards (``sharding.reshard``).
         snapshot: what ``take_snapshot`` gave earlier; None: no update norms.
     """
     modules = by_module(targets)
     layers = {path: target_linear(model, slices[0]) for path, slices in modules.items()}
+    if any(is_shard(layer.weight) for layer in layers.values()):
+        values = sharded_norms(layers, modules, snapshot or {})
+    else:
+        values = _whole_norms(layers, modules, snapshot or {})
+    effective = values["base"] | values["effective"]
+    updates = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
+    order = [target.name for target in targets]
+    kinds_kept = (effective, values["base"], values["lora"], updates)
+    return Norms(*({name: norms[name] for name in order if name in norms} for norms in kinds_kept))
+
+
+def _whole_norms(
+    layers: Mapping[str, nn.Linear], modules: Mapping[str, Sequence[Target]], snapshot: Mapping[str, Tensor]
+) -> dict[str, dict[str, float]]:
     names = [("base", target.name) for slices in modules.values() for target in slices]
     weights = [part for path, slices in modules.items() for part in _row_slices(layers[path].weight, slices)]
     parts = [weight_norms(weights, False)]
@@ -58,7 +76,7 @@ def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, 
         of_all = list(unmerged.values())
         names += [("effective", target.name) for path in unmerged for target in modules[path]]
         parts.append(merged_norms([layer.weight for layer in of_all], *lora_arguments(of_all), False))
-    for path, before in (snapshot or {}).items():
+    for path, before in snapshot.items():
         # The temporaries of one module at a time, not of the whole model.
         update = _effective_weight(layers[path]) - before
         names += [("update", target.name) for target in modules[path]]
@@ -66,17 +84,16 @@ def measure(model: nn.Module, targets: Sequence[Target], snapshot: Mapping[str, 
     values: dict[str, dict[str, float]] = {"base": {}, "lora": {}, "effective": {}, "update": {}}
     for (kind, name), value in zip(names, torch.cat(parts).tolist(), strict=True):
         values[kind][name] = value
-    effective = values["base"] | values["effective"]
-    updates = {name: value / effective[name] for name, value in values["update"].items() if effective[name]}
-    order = [target.name for target in targets]
-    kinds_kept = (effective, values["base"], values["lora"], updates)
-    return Norms(*({name: norms[name] for name in order if name in norms} for norms in kinds_kept))
+    return values
 
 
 @torch.no_grad()
 def take_snapshot(model: nn.Module, targets: Sequence[Target]) -> dict[str, Tensor]:
-    """A copy of the effective weight of every target module, by path, on the model's device."""
-    layers = {path: target_linear(model, slices[0]) for path, slices in by_module(targets).items()}
+    """A copy of the effective weight of every target module, by path, on the model's device; sharded where it is."""
+    modules = by_module(targets)
+    layers = {path: target_linear(model, slices[0]) for path, slices in modules.items()}
+    if any(is_shard(layer.weight) for layer in layers.values()):
+        return {path: sharded_effective_weight(layer, modules[path]) for path, layer in layers.items()}
     own = {path: layer.weight.detach().clone() for path, layer in layers.items() if not isinstance(layer, LoRALinear)}
     return {path: own[path] if path in own else _effective_weight(layer) for path, layer in layers.items()}
 

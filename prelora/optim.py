@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from prelora.errors import CheckpointError, OptimizerError
+from prelora.shards import laid_out_like, local
 
 LR_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
 LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "warmup_steps")
@@ -248,7 +249,9 @@ def _placed(key: str, value: Any, parameter: Tensor, on_device: bool) -> Any:
     """A copy of a state value where the optimizer expects it: torch keeps ``step`` on the CPU unless capturable."""
     if not isinstance(value, Tensor):
         return value
-    return value.to("cpu" if key == "step" and not on_device else parameter.device, copy=True)
+    if key == "step" and not on_device:
+        return value.to("cpu", copy=True)
+    return laid_out_like(value, parameter).clone()
 
 
 def _like(current: Any, value: Any) -> Any:
@@ -259,9 +262,9 @@ def _like(current: Any, value: Any) -> Any:
 
 
 def state_bytes(optimizer: Optimizer) -> dict[Tensor, int]:
-    """Bytes of state tensors per parameter."""
+    """Bytes of state tensors per parameter, on this rank."""
     return {
-        parameter: sum(value.nbytes for value in state.values() if isinstance(value, Tensor))
+        parameter: sum(local(value).nbytes for value in state.values() if isinstance(value, Tensor))
         for parameter, state in optimizer.state.items()
     }
 

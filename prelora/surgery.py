@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from prelora.config import Execution, Freeze
 from prelora.nn import LoRALinear
 from prelora.nn.merging import group_merges, ungroup_merges
+from prelora.shards import full
 from prelora.targets import Target, base_parameters, by_module, target_linear
 
 
@@ -26,11 +27,15 @@ def inject(
     dropout: float = 0.0,
     execution: Execution = "auto",
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> dict[str, str]:
     """Turn every target's Linear into a ``LoRALinear`` of its planned rank; the model's function is unchanged.
 
     A is drawn from ``seed`` and the module's path alone: the same on every rank and device, and no global random
     state moves.
+
+    Args:
+        device: where A and B go; None: where their weight is.
 
     Returns:
         The new parameters' names, each with the name of the weight that it adapts.
@@ -55,6 +60,7 @@ def inject(
             dropout=dropout,
             execution=execution,
             generator=torch.Generator().manual_seed(_stream(seed, path)),
+            device=device,
         )
         _replace(model, path, layer)
         added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
@@ -117,8 +123,11 @@ def is_lora(name: str) -> bool:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the plain model: W + s·B·A under the weight's name, no A, no B; tensors are detached."""
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items() if not is_lora(name)}
+    """The state dict of the plain model: W + s·B·A under the weight's name, no A, no B; tensors are detached.
+
+    Of a sharded model it is whole on every rank, on the model's device: a collective, to be called on every rank.
+    """
+    state = {name: full(tensor) for name, tensor in model.state_dict().items() if not is_lora(name)}
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             state[f"{path}.weight".removeprefix(".")] = module.merged_weight()

@@ -18,10 +18,10 @@ LAYERS = (
     ("__init__",),
     ("controller",),
     ("state",),
-    ("surgery", "optim", "distributed", "monitor", "targets", "checkpoint"),
+    ("surgery", "optim", "distributed", "monitor", "sharding", "sharded_norms", "targets", "checkpoint"),
     ("nn",),
     ("ops",),
-    ("kernels", "registry", "_ext"),
+    ("kernels", "registry", "_ext", "shards"),
     ("convergence", "ranks", "data"),
     ("config", "errors", "exits", "files"),
 )
@@ -163,10 +163,13 @@ def test_kernels_are_never_imported_under_another_librarys_name():
     assert [file for file in TREE if "kernels" in map(top, imports_of(file))] == []
 
 
-def test_dali_is_imported_by_one_file_only():
+def test_dali_is_imported_by_the_two_files_of_its_pipeline_only():
     importers = {file for file in TREE if any(is_within(module, "nvidia.dali") for module in imports_of(file))}
 
-    assert importers <= {"prelora/data/dali.py"}
+    assert {file for file in importers if file.startswith("prelora/")} <= {
+        "prelora/data/dali.py",
+        "prelora/data/dali_randaugment.py",
+    }
 
 
 @pytest.mark.parametrize("file", [file for file in PACKAGE if not file.startswith(WITH_EXTRAS)])

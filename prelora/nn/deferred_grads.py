@@ -6,11 +6,16 @@ would have given, without its work in every micro-batch and without communicatio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
 from torch import nn
 
 from prelora.nn.linear import LoRALinear, lora_arguments
 from prelora.ops import lora_merge_backward
+from prelora.ops.slices import split_lora
+from prelora.shards import full, is_shard, laid_out_like, local, local_rows, rows_here, sum_over_shards
 
 
 def defer_lora_grads(model: nn.Module, defer: bool = True) -> list[str]:
@@ -34,13 +39,45 @@ def lora_grads_pending(model: nn.Module) -> bool:
 
 @torch.no_grad()
 def lora_grads_from_weights(model: nn.Module) -> None:
-    """Set the gradients of every deferred A and B from W.grad, in one call for all layers."""
+    """Set the gradients of every deferred A and B from W.grad, in one call for all layers.
+
+    Of a model sharded by FSDP2 each rank takes the rows of W.grad that it holds, and one all-reduce adds up what they
+    give: a collective.
+    """
     layers = _due(model)
     if not layers:
+        return
+    if is_shard(layers[0].weight):
+        _grads_from_shards(layers)
         return
     grads = lora_merge_backward([layer.weight.grad for layer in layers], *lora_arguments(layers))
     for layer, grad_a, grad_b in zip(layers, grads[::2], grads[1::2], strict=True):
         layer.lora_A.grad, layer.lora_B.grad = grad_a, grad_b
+
+
+def _grads_from_shards(layers: Sequence[LoRALinear]) -> None:
+    sums = []
+    for layer in layers:
+        first, _ = local_rows(layer.weight)
+        grad, lora_a, lora_b = local(layer.weight.grad), full(layer.lora_A), full(layer.lora_B)  # type: ignore[arg-type]
+        grad_a, grad_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
+        sums += [grad_a, grad_b]
+        pairs = split_lora(lora_a, lora_b, layer.rows, layer.rank)
+        outs = split_lora(grad_a, grad_b, layer.rows, layer.rank)
+        slices = list(zip(accumulate(layer.rows, initial=0), accumulate(layer.rows), strict=False))
+        own = rows_here(layer.weight, slices)
+        for (a, b), out, (start, _), (begin, end), s in zip(pairs, outs, slices, own, layer.scaling, strict=True):
+            if begin < end:
+                here = slice(begin - start, end - start)
+                part, rank = grad[begin - first : end - first], a.shape[0]
+                da, db = lora_merge_backward([part], [a], [b[here]], [1], [end - begin], [rank], [s])
+                out[0].copy_(da)
+                out[1][here].copy_(db)
+    flat = sum_over_shards(torch.cat([part.flatten() for part in sums]), layers[0].weight)
+    grads = [part.view_as(like) for part, like in zip(flat.split([p.numel() for p in sums]), sums, strict=True)]
+    for layer, grad_a, grad_b in zip(layers, grads[::2], grads[1::2], strict=True):
+        layer.lora_A.grad = laid_out_like(grad_a, layer.lora_A)
+        layer.lora_B.grad = laid_out_like(grad_b, layer.lora_B)
 
 
 def _due(model: nn.Module) -> list[LoRALinear]:

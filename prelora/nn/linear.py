@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from prelora.config import Execution, check_execution
 from prelora.nn.execution import Choice, Work, choose_execution
+from prelora.nn.merged_again import lora_linear_merged_again
 from prelora.nn.shared_weight import SharedWeight
 from prelora.ops import lora_linear, lora_merge, lora_two_path
 from prelora.ops.slices import lora_delta, split_lora
+from prelora.shards import full
 
 SHARED = Choice("merged", "merged once for several forwards")
 ALWAYS = Choice("merged", "a training step merges on a GPU, and under autocast, where it takes the place of the cast")
@@ -76,11 +78,11 @@ class LoRALinear(nn.Linear):
         # The weight before ``merge``; a buffer, so that it follows the module between devices.
         self.register_buffer("base_weight", None, persistent=False)
 
-    def _allocate_lora(self, like: Tensor) -> None:
+    def _allocate_lora(self, like: Tensor, device: torch.device | None = None) -> None:
         packed = [sum(n * r for n, r in zip(self.rows, self.rank, strict=True))]
         b_shape = [self.out_features, self.rank[0]] if len(self.rows) == 1 else packed
-        self.lora_A = nn.Parameter(like.new_empty([sum(self.rank), self.in_features]))
-        self.lora_B = nn.Parameter(like.new_empty(b_shape))
+        self.lora_A = nn.Parameter(like.new_empty([sum(self.rank), self.in_features], device=device))
+        self.lora_B = nn.Parameter(like.new_empty(b_shape, device=device))
 
     def reset_lora_parameters(self, generator: torch.Generator | None = None) -> None:
         """A Kaiming-uniform (a = √5), B zero: the update s·B·A is zero."""
@@ -105,10 +107,12 @@ class LoRALinear(nn.Linear):
         dropout: float = 0.0,
         execution: Execution = "auto",
         generator: torch.Generator | None = None,
+        device: torch.device | None = None,
     ) -> LoRALinear:
         """A ``LoRALinear`` that takes over ``linear``'s own parameters (the same objects), hooks and mode.
 
-        A is drawn from ``generator``; None: from the global random state.
+        A is drawn from ``generator``; None: from the global random state. A and B come to ``device``; None: the
+        weight's.
         """
         layer = cls(
             linear.in_features,
@@ -124,7 +128,7 @@ class LoRALinear(nn.Linear):
         )
         layer.weight = linear.weight
         layer.bias = linear.bias
-        layer._allocate_lora(linear.weight)
+        layer._allocate_lora(linear.weight, device)
         layer.reset_lora_parameters(generator)
         for table in HOOK_TABLES:
             # The table itself, so that a handle given out before still removes its hook.
@@ -151,20 +155,25 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def delta_norms(self) -> Tensor:
-        """‖s·B·A‖ of every slice, [slices], in fp64; from A·Aᵀ and Bᵀ·B, which are [rank, rank]."""
+        """‖s·B·A‖ of every slice, [slices], in fp64; from A·Aᵀ and Bᵀ·B, which are [rank, rank].
+
+        Of sharded parameters a collective, as ``merged_weight`` is.
+        """
         norms = []
-        pairs = split_lora(self.lora_A.double(), self.lora_B.double(), self.rows, self.rank)
+        pairs = split_lora(full(self.lora_A).double(), full(self.lora_B).double(), self.rows, self.rank)
         for (a, b), s in zip(pairs, self.scaling, strict=True):
             norms.append(s * ((a @ a.t()) * (b.t() @ b)).sum().clamp_min(0).sqrt())
         return torch.stack(norms)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s·B·A, [out, in], summed in at least fp32 and then cast to the weight's dtype."""
+        """W + s·B·A, [out, in], summed in at least fp32 and then cast to the weight's dtype; always whole."""
         if self.merged:
-            return self.weight.detach().clone()
+            return full(self.weight).clone()
+        _, _, *layout = lora_arguments([self])
+        parts = [[full(tensor)] for tensor in (self.weight, self.lora_A, self.lora_B)]
         # By its definition: a provider may round more than once.
-        return lora_merge.reference([self.weight], *lora_arguments([self]), self.weight.dtype)[0]
+        return lora_merge.reference(*parts, *layout, self.weight.dtype)[0]
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -203,12 +212,18 @@ class LoRALinear(nn.Linear):
             self.last_plan = plan
         if plan.execution == "two_path":
             return self._two_path(x)
+        trained = (x, self.weight, self.bias, self.lora_A, self.lora_B)
+        trains = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)
+        if trains and self.sharded:
+            lora_a, lora_b = self._adapters()
+            return lora_linear_merged_again(
+                x, self.weight, self.bias, lora_a, lora_b, self.rows, self.rank, self.scaling, self.compute_dtype
+            )
         if w_eff is None:
             w_eff = merged_weights([self], self.compute_dtype)[0]
             if self._shared is not None and not torch.compiler.is_compiling():
                 self._shared.keep(w_eff, self.weight, self.lora_A, self.lora_B)
-        trained = (x, self.weight, self.bias, self.lora_A, self.lora_B)
-        if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in trained)):
+        if not trains:
             # As nn.Linear does it, so that injection leaves what a model evaluates to as it was, bit for bit.
             return F.linear(x, w_eff, self.bias)
         return lora_linear(x, w_eff, self.weight, self.bias, *self._adapters(), self.rows, self.rank, self.scaling)
@@ -231,6 +246,11 @@ class LoRALinear(nn.Linear):
         if self._shared is None or self._drops:
             return None
         return self._shared.current(self.compute_dtype, self.weight, self.lora_A, self.lora_B)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether FSDP2 gathers the parameters for each use: nothing made of them may be kept between two."""
+        return "_is_fsdp_managed_module" in self.__dict__  # ``fully_shard`` leaves it there, for Dynamo
 
     @property
     def _drops(self) -> bool:

@@ -21,7 +21,8 @@ def merge_once(model: nn.Module) -> Iterator[None]:
     """Build W_eff once for every forward inside, as the micro-batches of one optimizer step; then let go of it.
 
     Outside, every forward merges anew: nothing that is done to a parameter between two forwards can go unseen. Inside,
-    a write that autograd counts is seen and the layer merges anew; one through ``.data`` is not.
+    a write that autograd counts is seen and the layer merges anew; one through ``.data`` is not. A layer that FSDP2
+    shards is left out: its parameters are there only while its own forward or backward runs.
     """
     layers = _open(model, forward_only=False)
     try:
@@ -31,8 +32,11 @@ def merge_once(model: nn.Module) -> Iterator[None]:
 
 
 def merged_bytes(model: nn.Module) -> int:
-    """Bytes of the W_eff that a step holds: of every layer whose last input was computed by merging."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    """Bytes of the W_eff that a step holds: of every layer whose last input was computed by merging.
+
+    Of a layer that FSDP2 shards none: it merges again in backward.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoRALinear) and not module.sharded]
     merging = [layer for layer in layers if layer.last_plan is not None and layer.last_plan.execution == "merged"]
     return sum(layer.weight.numel() * layer.compute_dtype.itemsize for layer in merging)
 
@@ -53,7 +57,8 @@ def ungroup_merges(model: nn.Module) -> None:
 
 def _open(model: nn.Module, *, forward_only: bool) -> list[LoRALinear]:
     """Give every layer that has none a ``SharedWeight``; merge, in one call, those that merge at any size."""
-    layers = [module for module in model.modules() if isinstance(module, LoRALinear) and module._shared is None]
+    adapted = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    layers = [layer for layer in adapted if layer._shared is None and not layer.sharded]
     due: dict[tuple[torch.dtype, torch.device], list[LoRALinear]] = {}
     for layer in layers:
         layer._shared = SharedWeight(forward_only)
