@@ -146,8 +146,8 @@ def _by_table(image: Image, table: npt.NDArray[Any]) -> Image:
     """
     table = table.astype(np.uint8)
     if table.ndim == 1:
-        return table[image]
-    return np.stack([table[image[..., channel], channel] for channel in range(3)], axis=-1)
+        return table.take(image)
+    return np.stack([table[:, channel].take(image[..., channel]) for channel in range(3)], axis=-1)
 
 
 def _blend(degenerate: Floats, image: Floats, factor: np.float32) -> Floats:
@@ -156,8 +156,9 @@ def _blend(degenerate: Floats, image: Floats, factor: np.float32) -> Floats:
 
 
 def _auto_contrast(image: Image, _: Floats) -> Image:
-    low = image.min(axis=(0, 1)).astype(np.float32)
-    span = image.max(axis=(0, 1)) - low
+    # Row by row: many times faster than over both axes at once.
+    low = image.min(axis=0).min(axis=0).astype(np.float32)
+    span = image.max(axis=0).max(axis=0) - low
     flat = span == 0
     scale = np.float32(255) / np.where(flat, np.float32(255), span)
     table = np.clip(VALUES[:, None] * scale - np.where(flat, 0, low) * scale, 0, 255)
@@ -183,7 +184,7 @@ def _posterize(image: Image, args: Floats) -> Image:
 
 
 def _solarize(image: Image, args: Floats) -> Image:
-    return np.where(image < args[0], image, 255 - image)
+    return _by_table(image, np.where(args[0] > VALUES, VALUES, 255 - VALUES))
 
 
 def _solarize_add(image: Image, args: Floats) -> Image:
@@ -191,8 +192,9 @@ def _solarize_add(image: Image, args: Floats) -> Image:
 
 
 def _color(image: Image, args: Floats) -> Image:
-    # 0.2989 R + 0.587 G + 0.114 B, scaled by 255.5 / 255, cut off: in integers, since floats may miss one by a hair.
-    grey = (image @ np.array([2989, 5870, 1140], np.int32)) * 511 // 5_100_000
+    # 0.2989 R + 0.587 G + 0.114 B, times 255.5 / 255, cut off: in integers, since floats may miss one by a hair.
+    red, green, blue = np.moveaxis(image.astype(np.uint32), -1, 0)
+    grey = (2989 * red + 5870 * green + 1140 * blue) * 511 // 5_100_000
     return _blend(grey[..., None].astype(np.float32), image.astype(np.float32), args[0]).astype(np.uint8)
 
 
@@ -202,9 +204,7 @@ def _towards_grey(image: Image, args: Floats) -> Image:
 
 def _sharpness(image: Image, args: Floats) -> Image:
     """Blends with the mean of 3×3 pixels in which the middle one counts five times; the outermost pixels stay."""
-    if min(image.shape[:2]) < 3:
-        return image
-    wide = image.astype(np.int32)
+    wide = image.astype(np.uint16)
     rows = wide[:-2] + wide[1:-1] + wide[2:]
     smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]) // 13
     out = image.copy()
@@ -221,7 +221,7 @@ def _warp(image: Image, args: Floats) -> Image:
     inside = (from_x >= 0) & (from_x < width) & (from_y >= 0) & (from_y < height)
     at = np.where(inside, from_y * width + from_x, height * width)
     pixels = np.concatenate([image.reshape(-1, 3), np.full((1, 3), FILL, np.uint8)])
-    return pixels[at]
+    return pixels.take(at, axis=0)
 
 
 def _nearest(at: Floats) -> npt.NDArray[np.int32]:
