@@ -17,5 +17,9 @@ class CheckpointError(RuntimeError):
     """A checkpoint is incomplete, damaged, or of another model, config or version."""
 
 
+class DataError(RuntimeError):
+    """Images that cannot be used: more of them than may be left out, or a damaged archive; the message names the file."""
+
+
 class ProviderError(RuntimeError):
     """The provider asked for cannot serve an operator; the message says why."""

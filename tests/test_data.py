@@ -1,14 +1,12 @@
 """Which images a run sees, and their pixels: functions of (seed, epoch, sample), however the work is split."""
 
 import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from sklearn.datasets import load_digits
 
 from prelora.data import build_source
@@ -208,144 +206,44 @@ def test_a_size_that_is_no_multiple_of_8_is_refused(image_size):
         digits(image_size)
 
 
-# Folders of images.
+# Synthetic images.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Two classes, 6 and 3 images each, of several sizes, one with a palette, one with alpha, one grey."""
-    path = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 6), ("val", 3)):
-        for name in ("cat", "dog"):
-            (path / split / name).mkdir(parents=True)
-            for number in range(count):
-                raw = rng.integers(0, 256, (20 + 7 * number, 45, 3), dtype=np.uint8)
-                mode = ("RGB", "P", "RGBA", "L")[number % 4]
-                Image.fromarray(raw).convert(mode).save(path / split / name / f"{number}.png")
-    return path
+def synthetic(**options):
+    return build_source("synthetic", image_size=8, seed=0, **options)
 
 
-def images_of(path, workers=0, seed=0, rand_augment=(2, 15)):
-    return build_source("folder", path=path, image_size=16, seed=seed, workers=workers, rand_augment=rand_augment)
+def test_synthetic_images_are_as_many_as_imagenets_unless_told_otherwise():
+    source, other = synthetic(), synthetic(classes=3, train_samples=10, eval_samples=4)
+
+    assert (source.classes, source.train_samples, source.eval_samples) == (1000, 1_281_167, 50_000)
+    assert (other.classes, other.train_samples, other.eval_samples) == (3, 10, 4)
 
 
-def test_a_folder_gives_classes_and_labels_in_order(folder):
-    source = images_of(folder)
+def test_synthetic_images_are_made_once_for_each_size_of_batch():
+    source = synthetic(classes=3)
 
-    _, labels = next(source.evaluate([np.arange(6)]))
+    first, second, last = source.train([np.arange(4), np.arange(4, 8), np.arange(8, 10)], 0)
 
-    assert (source.classes, source.channels, source.train_samples, source.eval_samples) == (2, 3, 12, 6)
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-
-
-@pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
-def test_a_folders_pixels_are_fp32_in_minus_one_to_one(train, folder):
-    source = images_of(folder)
-
-    images, labels = next(source.train([np.arange(6)], 0) if train else source.evaluate([np.arange(6)]))
-
-    assert (images.shape, images.dtype, labels.dtype) == ((6, 3, 16, 16), torch.float32, torch.int64)
-    assert -1 <= images.min() < -0.5
-    assert 0.5 < images.max() <= 1
+    assert first[0] is second[0]
+    assert (first[0].shape, last[0].shape) == ((4, 3, 8, 8), (2, 3, 8, 8))
+    assert (first[0].dtype, first[1].dtype) == (torch.float32, torch.int64)
+    assert -1 <= first[0].min() < -0.5 < 0.5 < first[0].max() <= 1
+    assert set(first[1].tolist()) <= {0, 1, 2}
 
 
-def test_a_folders_pixels_are_bit_identical_whatever_the_workers_and_the_batch(folder):
-    order = epoch_order(12, 0, 1)
-
-    images, labels = pixels(images_of(folder, workers=2), 1, 5, order)
-
-    expected = pixels(images_of(folder), 1, 12, order)
-    assert torch.equal(images, expected[0])
-    assert torch.equal(labels, expected[1])
-
-
-def test_a_sample_has_the_same_pixels_wherever_it_stands_in_the_epoch(folder):
-    order = np.arange(12)
-
-    forwards = pixels(images_of(folder), 1, 4, order)[0]
-
-    assert torch.equal(pixels(images_of(folder), 1, 4, order[::-1])[0], forwards.flip(0))
-
-
-@pytest.mark.parametrize("change", ["epoch", "seed"])
-def test_another_epoch_or_seed_augments_every_image_of_a_folder_anew(change, folder):
-    order = np.arange(12)
-
-    changed, labels = pixels(images_of(folder, seed=int(change == "seed")), int(change == "epoch"), 12, order)
-
-    images, same = pixels(images_of(folder), 0, 12, order)
-    assert [i for i in range(12) if torch.equal(changed[i], images[i])] == []
-    assert torch.equal(labels, same)
-
-
-def test_rand_augment_changes_pixels(folder):
-    order = np.arange(12)
-
-    assert not torch.equal(
-        pixels(images_of(folder), 0, 12, order)[0], pixels(images_of(folder, rand_augment=None), 0, 12, order)[0]
-    )
-
-
-def test_images_that_are_alike_are_each_augmented_in_their_own_way(folder, tmp_path):
-    for path in (tmp_path / split / "only" / f"{n}.png" for split in ("train", "val") for n in range(5)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "train" / "cat" / "0.png", path)
-
-    images, _ = pixels(images_of(tmp_path), 0, 5, np.arange(5))
-
-    assert len(images.unique(dim=0)) == 5
-
-
-def test_an_evaluation_crop_is_the_centre_of_the_resized_image(tmp_path):
-    for split in ("train", "val"):
-        (tmp_path / split / "only").mkdir(parents=True)
-        raw = np.zeros((18, 36, 3), dtype=np.uint8)
-        raw[:, 9:27] = 255
-        Image.fromarray(raw).save(tmp_path / split / "only" / "0.png")
-
-    images, _ = next(images_of(tmp_path).evaluate([np.arange(1)]))
-
-    assert bool((images == 1).all())
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_loading_a_folder_moves_no_global_random_state(workers, folder):
-    source = images_of(folder, workers)
-    before = (torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate())  # noqa: NPY002
-
-    list(source.train([np.arange(6)], 0))
-    list(source.evaluate([np.arange(6)]))
-
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
-
-
-@pytest.mark.parametrize("missing", ["train", "val"])
-def test_a_folder_without_a_split_is_refused_naming_it(missing, tmp_path):
-    other = {"train": "val", "val": "train"}[missing]
-    (tmp_path / other / "cat").mkdir(parents=True)
-
-    with pytest.raises(ValueError, match=rf"{tmp_path} has no folder '{missing}': expected train/<class>"):
-        images_of(tmp_path)
-
-
-def test_splits_of_other_classes_are_refused_naming_them(folder, tmp_path):
-    for split, name in (("train", "cat"), ("train", "dog"), ("val", "cat"), ("val", "fox")):
-        (tmp_path / split / name).mkdir(parents=True)
-        (tmp_path / split / name / "0.png").write_bytes((folder / "val" / "cat" / "0.png").read_bytes())
-
-    with pytest.raises(ValueError, match="hold different classes: dog, fox"):
-        images_of(tmp_path)
+# Options.
 
 
 @pytest.mark.parametrize(
     ("name", "options", "complaint"),
     [
-        ("folder", {}, "data 'folder' needs a path"),
+        ("images", {}, "data 'images' needs a path"),
         ("digits", {"path": "here"}, "data 'digits' takes no path, got here"),
         ("digits", {"rand_augment": (2, 15)}, r"data 'digits' takes no rand_augment, got \(2, 15\)"),
-        ("cifar", {}, "data 'cifar': accepted are digits, folder"),
+        ("digits", {"loader": "dali"}, "data 'digits' takes no loader, got dali: only 'images' does"),
+        ("synthetic", {"path": "here"}, "data 'synthetic' takes no path, got here"),
+        ("cifar", {}, "data 'cifar': accepted are digits, images, synthetic"),
     ],
 )
 def test_an_option_that_is_missing_or_not_wanted_is_refused(name, options, complaint):

@@ -120,7 +120,7 @@ def test_the_metadata_agree_with_the_package(metadata):
     assert metadata["Version"] == prelora.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    extras = {"train", "dali", "peft", "transformers", "lightning", "dev"}
+    extras = {"train", "dali-cu12", "dali-cu13", "peft", "transformers", "lightning", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
 
 

@@ -43,7 +43,7 @@ def test_values_off_their_defaults_come_back_from_yaml_as_they_were(tmp_path):
         "output": "some/where",
         "prelora": {"deadline": 9, "budget": 0.25, "log_updates": False},
         "model": {"library": "transformers", "depth": 2, "drop_rate": 0.125},
-        "data": {"name": "folder", "path": "images", "rand_augment": [2, 15]},
+        "data": {"name": "images", "path": "images", "rand_augment": [2, 15]},
         "optim": {"clip_grad": 2.0, "lr": 1e-30},
         "checkpoint": {"every_steps": 3},
     }
@@ -54,7 +54,7 @@ def test_values_off_their_defaults_come_back_from_yaml_as_they_were(tmp_path):
     assert (saved.seed, saved.ema_decay, saved.output) == (7, 0.5, Path("some/where"))
     assert (saved.prelora.deadline, saved.prelora.budget, saved.prelora.log_updates) == (9, 0.25, False)
     assert (saved.model.library, saved.model.depth, saved.model.drop_rate) == ("transformers", 2, 0.125)
-    assert (saved.data.name, saved.data.path, saved.data.rand_augment) == ("folder", Path("images"), (2, 15))
+    assert (saved.data.name, saved.data.path, saved.data.rand_augment) == ("images", Path("images"), (2, 15))
     assert (saved.optim.clip_grad, saved.optim.lr, saved.checkpoint.every_steps) == (2.0, 1e-30, 3)
 
 

@@ -57,7 +57,7 @@ UNFIT = {
         "the global batch of 2000 is larger than the 1437 images",
     ),
     "a path for the digits": ({"data": {"path": "here"}}, "data 'digits' takes no path, got here"),
-    "a folder without a path": ({"data": {"name": "folder"}}, "data 'folder' needs a path"),
+    "images without a path": ({"data": {"name": "images"}}, "data 'images' needs a path"),
 }
 
 

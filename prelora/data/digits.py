@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -22,6 +23,8 @@ class Digits:
 
     classes = 10
     channels = 1
+    loader = "digits: held in memory"
+    quarantined: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, *, image_size: int, seed: int) -> None:
         """Args: image_size: side in pixels, a multiple of 8; seed: of the augmentation.

@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from prelora.data.images import LoaderName
+
 Batches = Iterator[tuple[Tensor, Tensor]]
-SourceName = Literal["digits", "folder"]
+SourceName = Literal["digits", "images", "synthetic"]
 
 
 class Source(Protocol):
-    """Labelled images, addressed by index; batches are (images [N, C, H, W] fp32 in [-1, 1], labels [N] int64)."""
+    """Labelled images, addressed by index; batches are (images [N, C, H, W] fp32 in [-1, 1], labels [N] int64).
+
+    They may come on the device that the source was built for.
+    """
 
     classes: int
     channels: int
     train_samples: int
     eval_samples: int
+    loader: str
+    """What makes the batches, and why that: one line."""
+    quarantined: Mapping[str, str]
+    """File → why it cannot be used, of those that this process has met."""
 
     def train(self, indices: Sequence[np.ndarray], epoch: int) -> Batches:
-        """Augmented training batches; the augmentation is a function of (seed, epoch, sample)."""
+        """Augmented training batches; the augmentation is a function of (seed, epoch, sample).
+
+        Of a file that cannot be used the next one stands in, with the draws of the one that it stands in for.
+
+        Raises:
+            DataError: more files cannot be used than may be.
+        """
         ...
 
     def evaluate(self, indices: Sequence[np.ndarray]) -> Batches:
-        """Evaluation batches, not augmented."""
+        """Evaluation batches, not augmented. Files that cannot be used are left out, and a batch of only such.
+
+        Raises:
+            DataError: more files cannot be used than may be.
+        """
         ...
 
 
@@ -37,31 +58,67 @@ def build_source(
     image_size: int,
     seed: int,
     workers: int = 0,
-    rand_augment: tuple[int, int] | None = None,
+    rand_augment: tuple[int, float] | None = None,
+    loader: LoaderName = "auto",
+    max_quarantined: int = 32,
+    classes: int = 1000,
+    train_samples: int = 1_281_167,
+    eval_samples: int = 50_000,
+    device: torch.device | None = None,
 ) -> Source:
     """The source by name.
 
     Args:
-        path: of ``folder``: a directory with ``train/<class>/*`` and ``val/<class>/*``.
+        path: of ``images``: a directory with both splits as folders, tars or TFRecords, see ``prelora.data.storage``.
         image_size: side of the images in pixels.
         seed: of the augmentation.
-        workers: loader processes.
-        rand_augment: of ``folder``: (operations, magnitude), or None.
+        workers: of ``images``: threads of DALI, processes of the plain loader.
+        rand_augment: of ``images``: (operations, magnitude) on AugReg's scale, or None.
+        loader: of ``images``: "dali", "plain", or "auto", which takes DALI where it runs.
+        max_quarantined: of ``images``: files that may be left out before a DataError.
+        classes, train_samples, eval_samples: of ``synthetic``: what it pretends to have.
+        device: where the batches go; None: the CPU.
 
     Raises:
-        ValueError: an unknown name, or an option that is missing or not wanted.
+        ValueError: an unknown name, or an option that is missing, not wanted, or cannot be served.
+        DataError: the images cannot be used.
     """
+    device = torch.device("cpu") if device is None else device
+    if name == "images":
+        from prelora.data.images import Images
+
+        if path is None:
+            raise ValueError("data 'images' needs a path: a directory with the splits train and val")
+        return Images(
+            path,
+            image_size=image_size,
+            seed=seed,
+            workers=workers,
+            rand_augment=rand_augment,
+            max_quarantined=max_quarantined,
+            loader=loader,
+            device=device,
+        )
+    for option, value, default in (
+        ("path", path, None),
+        ("rand_augment", rand_augment, None),
+        ("loader", loader, "auto"),
+    ):
+        if value != default:
+            raise ValueError(f"data {name!r} takes no {option}, got {value}: only 'images' does")
     if name == "digits":
         from prelora.data.digits import Digits
 
-        for option, value in (("path", path), ("rand_augment", rand_augment)):
-            if value is not None:
-                raise ValueError(f"data 'digits' takes no {option}, got {value}: only 'folder' does")
         return Digits(image_size=image_size, seed=seed)
-    if name == "folder":
-        from prelora.data.folder import Folder
+    if name == "synthetic":
+        from prelora.data.synthetic import Synthetic
 
-        if path is None:
-            raise ValueError("data 'folder' needs a path: a directory with train/<class>/* and val/<class>/*")
-        return Folder(path, image_size=image_size, seed=seed, workers=workers, rand_augment=rand_augment)
-    raise ValueError(f"data {name!r}: accepted are digits, folder")
+        return Synthetic(
+            image_size=image_size,
+            seed=seed,
+            classes=classes,
+            train_samples=train_samples,
+            eval_samples=eval_samples,
+            device=device,
+        )
+    raise ValueError(f"data {name!r}: accepted are digits, images, synthetic")

@@ -48,7 +48,7 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     from timm.scheduler.cosine_lr import CosineLRScheduler
     from timm.utils.model_ema import ModelEmaV3
 
-    source = build_config_source(config)
+    source = build_config_source(config, device)
     global_batch = config.data.batch_size * config.optim.accumulate * distributed.world_size()
     steps = source.train_samples // global_batch
     if steps == 0:
@@ -83,15 +83,22 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     return Parts(pre, source, criterion, mixup, device, steps, global_batch), flops
 
 
-def build_config_source(config: TrainConfig) -> Source:
-    """The configured images."""
+def build_config_source(config: TrainConfig, device: torch.device) -> Source:
+    """The configured images, their batches on ``device`` where the source puts them on any."""
+    data = config.data
     return build_source(
-        config.data.name,
-        path=config.data.path,
+        data.name,
+        path=data.path,
         image_size=config.model.image_size,
         seed=config.seed,
-        workers=config.data.workers,
-        rand_augment=config.data.rand_augment,
+        workers=data.workers,
+        rand_augment=data.rand_augment,
+        loader=data.loader,
+        max_quarantined=data.max_quarantined,
+        classes=data.classes,
+        train_samples=data.train_samples,
+        eval_samples=data.eval_samples,
+        device=device,
     )
 
 

@@ -46,18 +46,26 @@ class DataConfig:
 
     name: SourceName = "digits"
     path: Path | None = None
-    """For folder: a directory with train/<class>/* and val/<class>/*."""
+    """For images: a directory with train and val as class folders, tars (WebDataset) or TFRecords."""
     batch_size: int = 64
     """Images per rank and micro-batch."""
     workers: int = 0
-    """For folder: loader processes per rank."""
-    rand_augment: tuple[int, int] | None = None
-    """For folder: operations and magnitude, on torchvision's scale."""
+    """For images: DALI's threads, or the plain loader's processes, per rank."""
+    loader: Literal["auto", "dali", "plain"] = "auto"
+    """For images: auto takes DALI where it runs; an explicit choice that cannot serve is an error."""
+    max_quarantined: int = 32
+    """For images: files per rank that may turn out unusable before the run ends."""
+    rand_augment: tuple[int, float] | None = None
+    """For images: operations and magnitude, on AugReg's scale."""
     mixup: float = 0.0
     """Beta distribution's parameter; 0: no mixup."""
     cutmix: float = 0.0
     """Beta distribution's parameter; 0: no cutmix."""
     label_smoothing: float = 0.0
+    classes: int = 1000
+    """For synthetic: how many it pretends to have, as in the next two."""
+    train_samples: int = 1_281_167
+    eval_samples: int = 50_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +179,15 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
         lambda value: value > 0,
     ),
     (
-        ("data.workers", "data.mixup", "data.cutmix", "optim.min_lr", "optim.weight_decay", "optim.warmup_epochs"),
+        (
+            "data.workers",
+            "data.max_quarantined",
+            "data.mixup",
+            "data.cutmix",
+            "optim.min_lr",
+            "optim.weight_decay",
+            "optim.warmup_epochs",
+        ),
         "at least 0",
         lambda value: value >= 0,
     ),

@@ -95,9 +95,9 @@ def _phases(config: TrainConfig) -> list[str]:
 
 
 def _data_facts(config: TrainConfig) -> tuple[int, int, int, str]:
-    if config.data.name == "folder" and not (config.data.path and config.data.path.is_dir()):
+    if config.data.name == "images" and not (config.data.path and config.data.path.is_dir()):
         return *IMAGENET_1K, f"{config.data.path} is not here, ImageNet-1k assumed"
-    source = build_config_source(config)
+    source = build_config_source(config, torch.device("cpu"))
     return source.train_samples, source.classes, source.channels, config.data.name
 
 

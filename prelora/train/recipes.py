@@ -38,7 +38,7 @@ def vit_large_imagenet() -> TrainConfig:
         prelora=PreLoRAConfig.paper("exp2", monitor_from=32),
         model=ModelConfig(name="vit_large_patch16_224", image_size=224),
         data=DataConfig(
-            name="folder", path=Path("imagenet"), batch_size=64, workers=12, rand_augment=(2, 15), mixup=0.5
+            name="images", path=Path("imagenet"), batch_size=64, workers=12, rand_augment=(2, 15), mixup=0.5
         ),
         optim=OptimConfig(lr=1e-3, weight_decay=0.1, warmup_epochs=32, clip_grad=1.0),
         checkpoint=CheckpointConfig(every_steps=1000),

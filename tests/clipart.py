@@ -1,0 +1,45 @@
+"""A small labelled tree of real JPEGs of varied sizes, from the clip art that Debian's openclipart-png installs."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+CLIPART = Path("/usr/share/openclipart/png")
+CLASSES = ("animals", "buildings", "food", "plants")
+SIDES = (96, 120, 150, 180, 225, 260)
+"""Longer sides in pixels, in turn."""
+
+needs_clipart = pytest.mark.skipif(
+    not CLIPART.is_dir(), reason=f"{CLIPART} is not there: apt-get install openclipart-png"
+)
+
+
+def make_clipart(root, classes=CLASSES, train=8, val=4):
+    """``root``, with ``train/<class>/*.jpg`` and ``val/<class>/*.jpg``; equal for equal arguments.
+
+    Args:
+        classes: folders of the clip art.
+        train, val: images of each class.
+    """
+    for name in classes:
+        pictures = iter(distinct(CLIPART / name))
+        for split, count in (("train", train), ("val", val)):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                on_white(next(pictures), SIDES[number % len(SIDES)]).save(
+                    root / split / name / f"{number:04}.jpg", quality=90
+                )
+    return root
+
+
+def distinct(folder):
+    """The PNGs under ``folder`` in order, each only where it really lies: many are linked to from elsewhere."""
+    return sorted(path for path in folder.rglob("*.png") if path.resolve() == path)
+
+
+def on_white(path, side):
+    """The picture without its alpha, no longer than ``side``."""
+    picture = Image.open(path).convert("RGBA")
+    picture.thumbnail((side, side))
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
