@@ -1,15 +1,16 @@
-"""The ``prelora`` command: train, export, report."""
+"""The ``prelora`` command: train, export, report, data."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import prelora
-from prelora.errors import CheckpointError
-from prelora.exits import EXIT_BAD_INPUT, EXIT_CHECKPOINT, fail
+from prelora.errors import CheckpointError, DataError
+from prelora.exits import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_DATA, fail
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,13 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(given[1:])
     options = _parser().parse_args(given)
     try:
-        return {"export": _export, "report": _report}[options.command](options)
+        return {"export": _export, "report": _report, "data": _data_check}[options.command](options)
     except ModuleNotFoundError as error:
         return _fail_without(error)
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     except CheckpointError as error:
         return fail(error, EXIT_CHECKPOINT)
+    except DataError as error:
+        return fail(error, EXIT_DATA)
 
 
 def _fail_without(module: ModuleNotFoundError) -> int:
@@ -58,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report, one HTML page")
     report.add_argument("run", type=Path, help="the run's folder")
     report.add_argument("--out", type=Path, help="the file (default: RUN/report.html)")
+    data = commands.add_parser("data", help="look after a data set's images: prelora data check PATH")
+    check = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
+        "check",
+        help="decode every image and write down what it is",
+        description="Decode every image of both splits and write a manifest (sizes, SHA-256, what does not decode), by "
+        "which training knows each file again. Exits with 5 if some are bad.",
+    )
+    check.add_argument("path", type=Path, help="as data.path: folders, tars or TFRecords")
+    check.add_argument("--out", type=Path, help="the manifest (default: PATH/prelora-manifest.json)")
+    check.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
     return parser
 
 
@@ -78,6 +91,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run, options.out))
     return 0
+
+
+def _data_check(options: argparse.Namespace) -> int:
+    from prelora.data.check import check_data
+
+    return EXIT_DATA if check_data(options.path, options.out, options.jobs) else 0
 
 
 if __name__ == "__main__":

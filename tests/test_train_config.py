@@ -138,7 +138,7 @@ def test_an_unknown_key_like_none_is_refused_with_all_known_ones():
         ("model.library", "jax", r"Literal\['timm', 'transformers'\]"),
         ("model.depth", "deep", r"int \| None"),
         ("data.path", 3, "Path"),
-        ("data.rand_augment", [2, 15, 3], r"tuple\[int, int\] \| None"),
+        ("data.rand_augment", [2, 15, 3], r"tuple\[int, float\] \| None"),
         ("optim.lr", "fast", "float"),
         ("optim.lr", None, "float"),
         ("optim.lr", True, "float"),

@@ -1,15 +1,13 @@
-"""What every file of the data was when it was checked: size, SHA-256, pixels, and whether it decodes."""
+"""What every file of the data was when it was checked, and whether it still is that."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prelora.data.encoded import decode, image_size
 from prelora.data.storage import Storage, UnusableError
 from prelora.files import replace_text
 
@@ -27,18 +25,11 @@ class Facts(NamedTuple):
     """Why it cannot be used; None: it can."""
 
 
-def check(storage: Storage, jobs: int) -> list[dict[str, Any]]:
-    """Read, hash and decode every sample of a split; a line of the manifest for each.
+def write(path: Path, lines: Mapping[str, list[dict[str, Any]]]) -> None:
+    """Replace the manifest at ``path``.
 
     Args:
-        jobs: threads.
-    """
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(lambda index: _line(storage, index), range(len(storage))))
-
-
-def write(path: Path, lines: Mapping[str, list[dict[str, Any]]]) -> None:
-    """Replace the manifest at ``path``: a line of JSON for each file, by split.
+        lines: of each split, name, sha256, bytes, width, height and problem (null: none) of each file.
 
     Raises:
         OSError: it cannot be written.
@@ -96,15 +87,3 @@ def verify(data: bytes, known: Facts) -> None:
         raise UnusableError(f"{len(data)} bytes, the manifest says {known.size}")
     if hashlib.sha256(data).digest() != known.sha256:
         raise UnusableError("its SHA-256 is not the manifest's")
-
-
-def _line(storage: Storage, index: int) -> dict[str, Any]:
-    line: dict[str, Any] = {"name": storage.name(index), "sha256": "", "bytes": 0, "width": 0, "height": 0}
-    try:
-        data = storage.read(index)
-        line |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-        line["height"], line["width"] = image_size(data)
-        decode(data)
-    except (OSError, UnusableError) as error:
-        return line | {"problem": getattr(error, "strerror", None) or str(error)}
-    return line | {"problem": None}
