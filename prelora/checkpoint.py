@@ -2,7 +2,8 @@
 
 A checkpoint is a nested dict of tensors and plain values. Each top-level entry that holds tensors becomes
 ``<entry>.safetensors``, everything else goes into ``state.json``; ``manifest.json`` is written last and verified
-before any tensor is read. No pickle is ever read or written.
+before any tensor is read. Of tensors that are spread over ranks each rank writes its part, as
+``<entry>.shard-<index>.safetensors`` (``prelora.sharded_checkpoint``). No pickle is ever read or written.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prelora.errors import CheckpointError
+from prelora.tensor_trees import join, split
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{9})(-evaluating)?")
-TENSOR = "$tensor"
+SHARD = ".shard-"
+
+Entries = dict[str, dict[str, Tensor]]
+"""Tensors by name, by top-level entry."""
 
 
 @dataclass(frozen=True)
@@ -55,22 +59,18 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any
 
     Raises:
         CheckpointError: it could not be written; what was there before is untouched.
+        TypeError: tensors are spread over ranks, which then must all save (``sharded_checkpoint.save_together``).
     """
-    damaged = False
-    if path.is_dir():
-        try:
-            return verify_checkpoint(path)  # a resumed run comes by the same step again, with the same bits
-        except CheckpointError:
-            damaged = True
-    part = path.with_name(f"{path.name}.part-{os.getpid()}")
+    plain, whole, parts = split_entries(tree)
+    if parts:
+        raise TypeError(f"tensors of {', '.join(parts)} are spread over ranks: call save_together on every rank")
+    part = partial_path(path)
     try:
-        if damaged:
-            shutil.rmtree(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.mkdir()
-        _write(part, tree, dict(about or {}))
-        part.rename(path)
-        _sync(path.parent)
+        written = begin(path, part)
+        if written is not None:
+            return written
+        files = write_tensors(part, {f"{entry}.safetensors": tensors for entry, tensors in whole.items()})
+        finish(path, part, plain, files, about or {})
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot write checkpoint {path}: {error}; earlier checkpoints are untouched") from error
     finally:
@@ -79,15 +79,22 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint after verifying every byte; tensors come on the CPU.
+    """Read a checkpoint after verifying every byte; tensors come on the CPU, whole also where ranks saved parts.
 
     Raises:
         CheckpointError: incomplete, damaged, or of another format; names the file.
     """
     manifest = verify_checkpoint(path)
-    tensors = {Path(name).stem: load_file(path / name) for name in manifest.files if name.endswith(".safetensors")}
+    whole: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, list[dict[str, Tensor]]] = {}
+    for name in sorted(name for name in manifest.files if name.endswith(".safetensors")):
+        entry, shard, _ = Path(name).stem.partition(SHARD)
+        if shard:
+            parts.setdefault(entry, []).append(load_file(path / name))
+        else:
+            whole[entry] = load_file(path / name)
     tree: dict[str, Any] = json.loads((path / STATE).read_text())
-    return {entry: _join(value, tensors.get(entry, {})) for entry, value in tree.items()}
+    return {entry: join(value, whole.get(entry, {}), parts.get(entry, [])) for entry, value in tree.items()}
 
 
 def verify_checkpoint(path: Path) -> Manifest:
@@ -97,7 +104,17 @@ def verify_checkpoint(path: Path) -> Manifest:
         CheckpointError: as ``load_checkpoint``.
     """
     manifest = read_manifest(path)
-    for name, expected in manifest.files.items():
+    verify_files(path, manifest.files)
+    return manifest
+
+
+def verify_files(path: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold some of a checkpoint's files against their sizes and SHA-256.
+
+    Raises:
+        CheckpointError: as ``load_checkpoint``.
+    """
+    for name, expected in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} is incomplete: {name} is missing")
@@ -109,7 +126,6 @@ def verify_checkpoint(path: Path) -> Manifest:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} has {size} bytes of {expected['bytes']}")
         if digest != expected["sha256"]:
             raise CheckpointError(f"checkpoint {path} is damaged: {name} does not match its SHA-256")
-    return manifest
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -226,23 +242,61 @@ def sweep(root: Path) -> list[Path]:
     return left
 
 
-def _write(folder: Path, tree: Mapping[str, Any], about: dict[str, Any]) -> None:
-    plain = {}
-    names = [STATE]
+def partial_path(path: Path) -> Path:
+    """Where the checkpoint ``path`` is written by this process before it gets its name."""
+    return path.with_name(f"{path.name}.part-{os.getpid()}")
+
+
+def split_entries(tree: Mapping[str, Any], main: bool = True) -> tuple[dict[str, Any], Entries, Entries]:
+    """``tree`` as JSON, and by entry its plain tensors (``main`` alone needs them) and this rank's parts of others."""
+    plain: dict[str, Any] = {}
+    whole: Entries = {}
+    parts: Entries = {}
     for entry, value in tree.items():
-        tensors: dict[str, Tensor] = {}
-        plain[entry] = _split(value, (), tensors)
-        if tensors:
-            names.append(f"{entry}.safetensors")
-            save_file(tensors, folder / names[-1])
+        whole[entry], parts[entry] = {}, {}
+        plain[entry] = split(value, whole[entry] if main else None, parts[entry])
+    return (
+        plain,
+        {entry: tensors for entry, tensors in whole.items() if tensors},
+        {entry: tensors for entry, tensors in parts.items() if tensors},
+    )
+
+
+def begin(path: Path, part: Path) -> Manifest | None:
+    """Make the folder ``part``; or give the manifest of ``path`` where it stands already, valid."""
+    if path.is_dir():
+        try:
+            return verify_checkpoint(path)  # a resumed run comes by the same step again, with the same bits
+        except CheckpointError:
+            shutil.rmtree(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part.mkdir()
+    return None
+
+
+def write_tensors(part: Path, tensors: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
+    """Write each file's tensors; returns the files' sizes and SHA-256, for the manifest."""
+    for name, named in tensors.items():
+        save_file(named, part / name)
+    return {name: _facts(part / name) for name in tensors}
+
+
+def finish(
+    path: Path, part: Path, plain: Mapping[str, Any], files: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+    """Write what is left, the manifest last, and give the folder its name."""
     # JSON's NaN and Infinity are Python's own extension; both ends are Python.
-    (folder / STATE).write_text(json.dumps(plain))
-    for name in names:
-        _sync(folder / name)
-    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
-    (folder / MANIFEST).write_text(_manifest_text(about, files))
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    (part / STATE).write_text(json.dumps(plain))
+    (part / MANIFEST).write_text(_manifest_text(about, {STATE: _facts(part / STATE), **files}))
+    _sync(part / MANIFEST)
+    _sync(part)
+    part.rename(path)
+    _sync(path.parent)
+
+
+def _facts(file: Path) -> dict[str, Any]:
+    _sync(file)
+    return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 
 def _manifest_text(about: Mapping[str, Any], files: Mapping[str, Any]) -> str:
@@ -250,28 +304,6 @@ def _manifest_text(about: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     body = {"format": FORMAT, "about": about, "files": files}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1)
-
-
-def _split(value: Any, keys: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """``value`` with every tensor moved to ``tensors`` and its key left in its place."""
-    if isinstance(value, Tensor):
-        name = "/".join(key.replace("~", "~0").replace("/", "~1") for key in keys)
-        # A copy owns its storage: safetensors refuses tensors that share one.
-        tensors[name] = value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return {TENSOR: name}
-    if isinstance(value, Mapping):
-        return {key: _split(item, (*keys, key), tensors) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_split(item, (*keys, str(i)), tensors) for i, item in enumerate(value)]
-    return value
-
-
-def _join(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, dict):
-        if set(value) == {TENSOR}:
-            return tensors[value[TENSOR]]
-        return {key: _join(item, tensors) for key, item in value.items()}
-    return [_join(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def _sha256(file: Path) -> str:
