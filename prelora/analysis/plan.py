@@ -11,18 +11,18 @@ With M tokens, k inputs, n outputs and rank r, per target:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from prelora.analysis.hollow import hollow_copy
 from prelora.config import Freeze
 
 Execution = Literal["merged", "two_path"]
@@ -145,7 +145,7 @@ def count_model(
     Raises:
         ValueError: a target's path is not an ``nn.Linear``, or no input passes through it.
     """
-    meta = _meta_copy(model)
+    meta = hollow_copy(model)
     linears = {target.path: _linear(meta, target) for target in targets}
     images = inputs.shape[0]
     meta.requires_grad_(True)
@@ -209,16 +209,6 @@ def _observed(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, _Seen]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _meta_copy(model: nn.Module) -> nn.Module:
-    """A deep copy without the numbers: its parameters and buffers are on the meta device."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"))
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype, device="meta")
-    return copy.deepcopy(model, memo).train()
 
 
 def _linear(model: nn.Module, target: TargetLike) -> nn.Linear:

@@ -1,0 +1,75 @@
+"""The model as each phase trains it, made by the surgery itself, without its numbers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from prelora import surgery
+from prelora.analysis.hollow import hollow_copy
+from prelora.analysis.plan import Execution
+from prelora.config import PreLoRAConfig
+from prelora.nn.deferred_grads import defer_lora_grads
+from prelora.targets import Target
+
+PHASES = ("full", "warmup", "lora")
+
+
+@dataclass(frozen=True)
+class PhaseModel:
+    """One phase's model on the meta device, and what of it is not reduced between GPUs."""
+
+    model: nn.Module
+    unreduced: frozenset[str]
+    """Parameters that train and whose gradients are made from reduced ones: A and B in WARMUP."""
+
+    def reduced(self) -> list[nn.Parameter]:
+        """The parameters whose gradients go through an all-reduce, in the model's order."""
+        named = self.model.named_parameters()
+        return [p for name, p in named if p.requires_grad and name not in self.unreduced]
+
+    def elements(self, *, lora: bool, trainable_only: bool = False) -> int:
+        """Parameters of LoRA, or of the base without it."""
+        named = self.model.named_parameters()
+        chosen = (p for name, p in named if surgery.is_lora(name) == lora and (p.requires_grad or not trainable_only))
+        return sum(parameter.numel() for parameter in chosen)
+
+    @property
+    def trainable(self) -> int:
+        """Parameters that train."""
+        return self.elements(lora=False, trainable_only=True) + self.elements(lora=True, trainable_only=True)
+
+
+def planned_execution(config: PreLoRAConfig) -> Execution:
+    """How LoRA layers compute while they train on a GPU, where a step is large enough for merging to be cheaper."""
+    return "two_path" if config.execution == "two_path" or config.lora_dropout > 0 else "merged"
+
+
+def phase_models(
+    model: nn.Module, targets: Sequence[Target], ranks: Mapping[str, int], config: PreLoRAConfig
+) -> dict[str, PhaseModel]:
+    """The models of FULL, WARMUP and LORA; ``model`` is not touched.
+
+    Args:
+        model: the plain model, without LoRA, on any device.
+        ranks: by target name.
+        config: its ``freeze``, ``train_lora_a``, ``lora_dropout`` and ``execution`` are read.
+
+    Raises:
+        ValueError: the plan and the targets name different layers.
+    """
+    full = hollow_copy(model)
+    warmup = copy.deepcopy(full)
+    surgery.inject(warmup, targets, ranks, dropout=config.lora_dropout, execution=planned_execution(config))
+    deferred = defer_lora_grads(warmup)
+    lora = copy.deepcopy(warmup)
+    surgery.freeze(lora, targets, config.freeze, train_lora_a=config.train_lora_a)
+    defer_lora_grads(lora, False)
+    return {
+        "full": PhaseModel(full, frozenset()),
+        "warmup": PhaseModel(warmup, frozenset(deferred)),
+        "lora": PhaseModel(lora, frozenset()),
+    }
