@@ -20,7 +20,7 @@ POINTS = {
     "rewrap": ("prelora.distributed", "rewrap"),
     "evaluation": ("prelora.train.evaluate", "logits"),
     "record": ("prelora.train.run_dir", "MetricsLog.write"),
-    "checkpoint": ("prelora.train.loop", "save_checkpoint"),
+    "checkpoint": ("prelora.train.loop", "save_together"),
     "tensors": ("prelora.checkpoint", "save_file"),
     "manifest": ("prelora.checkpoint", "_sha256"),
     "prune": ("prelora.train.loop", "prune"),

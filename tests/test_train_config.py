@@ -197,10 +197,9 @@ def test_a_value_out_of_range_is_refused_naming_field_value_and_range(accepted, 
         from_dict(nested(name, value))
 
 
-@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
-def test_an_odd_batch_is_refused_where_images_are_mixed_in_pairs(mix):
-    with pytest.raises(ValueError, match=r"data\.batch_size = 33: must be even for mixup and cutmix"):
-        from_dict({"data": {mix: 0.1, "batch_size": 33}})
+def test_gradients_are_not_compressed_where_they_are_sharded():
+    with pytest.raises(ValueError, match=r"distributed\.compress = bf16: must be none with strategy fsdp"):
+        from_dict({"distributed": {"strategy": "fsdp", "compress": "bf16"}})
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from prelora.train.model import build_model
 
 FIELDS = {
     "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "communication", "memory",
-    "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps", "event",
+    "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps", "quarantined", "event",
 }  # fmt: skip
 EVENT_FIELDS = {
     "phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share", "plan_flops",
@@ -383,8 +383,8 @@ def test_the_last_n_checkpoints_and_the_best_stay(top1, every_epochs, keep_last,
 
 
 def test_the_switch_and_the_freeze_are_always_written(tmp_path, monkeypatch):
-    written, save = [], loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda path, *rest: written.append(path.name) or save(path, *rest))
+    written, save = [], loop.save_together
+    monkeypatch.setattr(loop, "save_together", lambda path, *rest: written.append(path.name) or save(path, *rest))
 
     finished(tmp_path / "run", checkpoint={"every_epochs": 5})
 

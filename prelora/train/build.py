@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import prelora
-from prelora import distributed
+from prelora import distributed, sharding
 from prelora.analysis.plan import Execution, ModelFlops, count_model
 from prelora.config import PreLoRAConfig
 from prelora.controller import PreLoRA, parameter_counts
 from prelora.data import Source, build_source
+from prelora.data.mixing import batch_rng, mix
 from prelora.targets import Target, find_targets, target_shape
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
@@ -32,7 +33,8 @@ class Parts:
     pre: PreLoRA
     source: Source
     criterion: Callable[[Tensor, Tensor], Tensor]
-    mixup: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None
+    mix: Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]] | None
+    """(Images, labels, optimizer step) → mixed images and soft targets."""
     device: torch.device
     steps_per_epoch: int
     global_batch: int
@@ -57,6 +59,10 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     model = build_model(config.model, classes=source.classes, channels=source.channels).to(device)
     targets = config_targets(config, model)
     flops = config_flops(config, model, targets, source.channels)
+    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
+    if config.distributed.strategy == "fsdp" and distributed.world_size() > 1:
+        for whole in filter(None, (model, ema.module if ema is not None else None)):
+            sharding.shard(whole, device)
     optimizer = create_optimizer_v2(
         model, opt=config.optim.name, lr=config.optim.lr, weight_decay=config.optim.weight_decay
     )
@@ -67,7 +73,6 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         warmup_t=config.optim.warmup_epochs * steps,
         t_in_epochs=False,
     )
-    ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
     pre = PreLoRA(
         _wrap(model, config, device),
         optimizer,
@@ -79,8 +84,8 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         seed=config.seed,
         defer_lora_grads=True,
     )
-    mixup, criterion = _mixup_and_criterion(config, source.classes)
-    return Parts(pre, source, criterion, mixup, device, steps, global_batch), flops
+    mixing, criterion = _mix_and_criterion(config, source.classes)
+    return Parts(pre, source, criterion, mixing, device, steps, global_batch), flops
 
 
 def build_config_source(config: TrainConfig, device: torch.device) -> Source:
@@ -149,6 +154,7 @@ def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops, peak: float)
         "targets": targets,
         "epochs": config.epochs,
         "global_batch": parts.global_batch,
+        "loader": parts.source.loader,
         "config": dataclasses.asdict(parts.pre.config),
         "flops": {"full": flops.full},
         "peak_flop_per_s": peak,
@@ -163,28 +169,39 @@ def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops, peak: float)
 
 def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
     wrapped: Any = torch.compile(model) if config.compile else model
-    if distributed.world_size() == 1:
+    if distributed.world_size() == 1 or config.distributed.strategy == "fsdp":
         return wrapped
     ids = [device.index] if device.type == "cuda" else None
     # Gloo sums three and more ranks in an order that depends on the place in the bucket, and DDP sorts its buckets anew
     # after the first step, also the first one after a resume. Where it looks for unused parameters, it never does.
     fixed_buckets = config.deterministic and device.type == "cpu" and distributed.world_size() > 2
-    return DistributedDataParallel(
+    replicated = DistributedDataParallel(
         wrapped, device_ids=ids, gradient_as_bucket_view=True, find_unused_parameters=fixed_buckets
     )
+    if config.distributed.compress == "bf16":
+        distributed.compress_gradients(replicated)
+    return replicated
 
 
-def _mixup_and_criterion(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:
-    from timm.data.mixup import Mixup
+def _mix_and_criterion(config: TrainConfig, classes: int) -> tuple[Any, nn.Module]:
     from timm.loss import SoftTargetCrossEntropy
 
     data = config.data
-    if data.mixup > 0 or data.cutmix > 0:
-        mixup = Mixup(
-            mixup_alpha=data.mixup, cutmix_alpha=data.cutmix, label_smoothing=data.label_smoothing, num_classes=classes
+    if not (data.mixup or data.cutmix):
+        return None, nn.CrossEntropyLoss(label_smoothing=data.label_smoothing)
+
+    def mixing(images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        return mix(
+            images,
+            labels,
+            classes=classes,
+            mixup=data.mixup,
+            cutmix=data.cutmix,
+            label_smoothing=data.label_smoothing,
+            rng=batch_rng(config.seed, step),
         )
-        return mixup, SoftTargetCrossEntropy()
-    return None, nn.CrossEntropyLoss(label_smoothing=data.label_smoothing)
+
+    return mixing, SoftTargetCrossEntropy()
 
 
 def _cpu_name() -> str:

@@ -152,8 +152,6 @@ class TrainConfig:
             raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below epochs = {self.epochs}")
         if self.optim.min_lr > self.optim.lr:
             raise ValueError(f"optim.min_lr = {self.optim.min_lr}: must be at most optim.lr = {self.optim.lr}")
-        if (self.data.mixup or self.data.cutmix) and self.data.batch_size % 2:
-            raise ValueError(f"data.batch_size = {self.data.batch_size}: must be even for mixup and cutmix")
         if self.distributed.strategy == "fsdp" and self.distributed.compress != "none":
             raise ValueError(f"distributed.compress = {self.distributed.compress}: must be none with strategy fsdp")
 

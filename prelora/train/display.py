@@ -26,6 +26,11 @@ class Display:
         self._epoch = 0
         self._epoch_began = 0.0
 
+    def start_run(self, loader: str) -> None:
+        """Args: loader: what loads the images, and why that."""
+        if self._enabled:
+            print(f"images: {loader}", flush=True)
+
     def start_epoch(self, epoch: int, phase: str, done: int) -> None:
         """Args: epoch: 1-based; done: steps of it that are done already."""
         self._epoch = epoch
@@ -64,6 +69,9 @@ class Display:
         )
         if event["action"] != "none":
             print(f"  {event['action']}: {_change(event)}", flush=True)
+        if record["quarantined"]:
+            name, reason = list(record["quarantined"].items())[-1]
+            print(f"  {len(record['quarantined'])} files cannot be used, as {name}: {reason}", flush=True)
 
     def end_run(self, phase: str, method: str, output: Path) -> None:
         """The last line: in which phase the run ended, and what can be done with it."""

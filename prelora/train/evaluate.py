@@ -15,6 +15,7 @@ from prelora import distributed
 from prelora.controller import logits
 from prelora.data import Source
 from prelora.data.sampler import eval_batches
+from prelora.sharding import is_sharded
 
 
 @torch.no_grad()
@@ -26,12 +27,14 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager[None]],
     between: Callable[[], None],
+    image_size: int,
 ) -> dict[str, float]:
     """Mean cross-entropy and accuracies in percent.
 
     Args:
         model: the plain model; it is put into eval mode and back.
         between: called before each batch on all ranks, as often on each; may raise to abandon the evaluation.
+        image_size: side of the images in pixels.
     """
     rank, world_size = distributed.rank(), distributed.world_size()
     indices = list(eval_batches(source.eval_samples, batch_size=batch_size, rank=rank, world_size=world_size))
@@ -46,6 +49,9 @@ def evaluate(
             between()
             batch = next(batches, None)
             if batch is None:
+                if is_sharded(model):  # its parameters are gathered by all ranks or by none
+                    with autocast():
+                        model(torch.zeros(1, source.channels, image_size, image_size, device=device))
                 continue
             images, labels = (tensor.to(device, non_blocking=True) for tensor in batch)
             with autocast():

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from prelora import distributed
 from prelora.analysis.plan import ModelFlops
@@ -24,12 +23,12 @@ from prelora.checkpoint import (
     load_checkpoint,
     newest_valid,
     prune,
-    save_checkpoint,
     set_aside_newer,
 )
 from prelora.controller import Event, logits, parameter_counts
 from prelora.data.sampler import train_batches
 from prelora.nn import merge_once
+from prelora.sharded_checkpoint import save_together
 from prelora.train import accounting, memory, run_dir
 from prelora.train.build import Parts, config_execution, run_facts
 from prelora.train.config import TrainConfig, save_yaml, to_dict
@@ -64,6 +63,8 @@ class Progress:
     parts: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
     """The same by part of the step."""
     gradient_bytes: int = 0
+    quarantined: dict[str, str] = field(default_factory=dict)
+    """Files that could not be used on any rank, and why."""
     pending: dict[str, Any] | None = None
     """Record of an epoch that is trained but not evaluated yet."""
 
@@ -102,6 +103,7 @@ class Trainer:
             )
             log = run_dir.MetricsLog(self.config.output, self.progress.epoch - (self.progress.pending is not None))
         self.display = Display(self.config.epochs, self.parts.steps_per_epoch, enabled=self.main)
+        self.display.start_run(self.parts.source.loader)
         try:
             while self.progress.epoch < self.config.epochs or self.progress.pending is not None:
                 if self.progress.pending is None:
@@ -164,8 +166,8 @@ class Trainer:
                 last = micro == config.optim.accumulate - 1
                 batch = next(batches)
                 clock.mark("data")
-                with contextlib.nullcontext() if last else _no_sync(pre.model):
-                    loss = self._loss(*batch, micro) / config.optim.accumulate
+                with contextlib.nullcontext() if last else distributed.no_sync(pre.model):
+                    loss = self._loss(*batch) / config.optim.accumulate
                     clock.mark("forward")
                     clock.mark_when_computed(loss, "backward")
                     self.scaler.scale(loss).backward()
@@ -187,11 +189,11 @@ class Trainer:
         clock.mark("optimizer")
         return stop
 
-    def _loss(self, images: Tensor, labels: Tensor, micro: int) -> Tensor:
+    def _loss(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = (tensor.to(self.parts.device, non_blocking=True) for tensor in (images, labels))
         targets = labels
-        if self.parts.mixup is not None:
-            images, targets = self.parts.mixup(images, labels)
+        if self.parts.mix is not None:
+            images, targets = self.parts.mix(images, labels, self._global_step())
         with self._autocast():
             return self.parts.criterion(logits(self.pre.model(images)), targets)
 
@@ -246,7 +248,7 @@ class Trainer:
             "skipped_steps": progress.skipped,
             "event": self._event(event),
         }
-        self.progress = Progress(epoch=progress.epoch + 1, pending=progress.pending)
+        self.progress = Progress(epoch=progress.epoch + 1, quarantined=progress.quarantined, pending=progress.pending)
 
     def _event(self, event: Event) -> dict[str, Any]:
         names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
@@ -271,6 +273,9 @@ class Trainer:
         record["eval"] = self._evaluate(self.pre.base_model)
         record["ema_eval"] = self._evaluate(self.pre.ema.module) if self.pre.ema is not None else None
         self.progress.pending = None
+        for met in distributed.gather_json(dict(self.parts.source.quarantined)):
+            self.progress.quarantined |= met
+        record["quarantined"] = dict(sorted(self.progress.quarantined.items()))
         if log is not None:
             log.write(record)
         self.display.end_epoch(record)
@@ -288,6 +293,7 @@ class Trainer:
             device=self.parts.device,
             autocast=self._autocast,
             between=self.stopper.check,
+            image_size=self.config.model.image_size,
         )
 
     @functools.cached_property
@@ -310,7 +316,7 @@ class Trainer:
         return torch.autocast(self.parts.device.type, dtype)
 
     def _save(self, metric: float | None = None) -> None:
-        """Write a checkpoint on rank 0; all ranks fail alike."""
+        """Write a checkpoint; all ranks fail alike."""
         ranks = distributed.gather_json(rank_share(self.progress.loss_sum))
         progress = self.progress
         tree = {
@@ -324,11 +330,11 @@ class Trainer:
             },
         }
         about = {"epoch": progress.epoch, "step": self._global_step(), "phase": self.pre.phase, "metric": metric}
+        path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
+        verified = save_together(path, tree, about)
         failure = None
         if self.main:
             try:
-                path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
-                verified = save_checkpoint(path, tree, about)
                 prune(self.checkpoints, self.config.checkpoint.keep_last, verified)
             except CheckpointError as error:
                 failure = str(error)
@@ -360,8 +366,3 @@ class Trainer:
                 print(f"resume: the damaged checkpoint is kept as {aside}", flush=True)
             where = f"epoch {self.progress.epoch}, step {self.progress.step}, phase {self.pre.phase}"
             print(f"resume: going on from {chosen} ({where})", flush=True)
-
-
-def _no_sync(model: nn.Module) -> AbstractContextManager[None]:
-    """Without gradient communication, where the model is in DDP."""
-    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from prelora import optim, surgery
 from prelora.controller import PreLoRA
 from prelora.nn.merging import merged_bytes
+from prelora.shards import local
 
 STATUS = Path("/proc/self/status")
 CLEAR = Path("/proc/self/clear_refs")
@@ -40,7 +41,7 @@ def peak_bytes(device: torch.device) -> int:
 
 def gradient_bytes(optimizer: Optimizer) -> int:
     """Bytes of the gradients that stand now."""
-    return sum(p.grad.nbytes for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
+    return sum(local(p.grad).nbytes for group in optimizer.param_groups for p in group["params"] if p.grad is not None)
 
 
 def memory_by_item(pre: PreLoRA, gradients: int) -> dict[str, int]:
@@ -61,4 +62,4 @@ def memory_by_item(pre: PreLoRA, gradients: int) -> dict[str, int]:
 
 
 def _bytes(tensors: list[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)
+    return sum(local(tensor).nbytes for tensor in tensors)

@@ -14,7 +14,7 @@ from torch import Tensor
 def seed_all(seed: int) -> None:
     """Seed Python, NumPy and torch on every device."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (timm's Mixup draws from the global state)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (libraries draw from the global state)
     torch.manual_seed(seed)
 
 
