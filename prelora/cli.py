@@ -1,4 +1,4 @@
-"""The ``prelora`` command: train, export, report, data."""
+"""The ``prelora`` command: train, plan, export, report, data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             return _fail_without(error)
         return train(given[1:])
-    options = _parser().parse_args(given)
+    plans = given[:1] == ["plan"]  # its arguments are a dataclass's fields, as train's are
+    options = argparse.Namespace(command="plan", given=given[1:]) if plans else _parser().parse_args(given)
+    commands = {"plan": _plan, "export": _export, "report": _report, "data": _data_check}
     try:
-        return {"export": _export, "report": _report, "data": _data_check}[options.command](options)
+        return commands[options.command](options)
     except ModuleNotFoundError as error:
         return _fail_without(error)
     except (ValueError, OSError) as error:
@@ -46,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prelora {prelora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a recipe: prelora train --help", add_help=False)
+    commands.add_parser("plan", help="memory, network and time before a run: prelora plan --help", add_help=False)
     export = commands.add_parser(
         "export",
         help="write a run's model for the stock library",
@@ -72,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--out", type=Path, help="the manifest (default: PATH/prelora-manifest.json)")
     check.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
     return parser
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from prelora.analysis.plan_command import main as plan
+
+    print(plan(options.given))
+    return 0
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -71,6 +71,8 @@ class Holding:
     ema: bool = False
     snapshot: bool = True
     """The targets' weights of the last epoch are kept (``log_updates``)."""
+    accumulates: bool = False
+    """Several micro-batches a step: FSDP then holds whole gradients between them."""
 
 
 def footprint(phase: PhaseModel, saved: Saved, costs: Mapping[str, TargetCost], holding: Holding) -> Footprint:
@@ -94,7 +96,7 @@ def footprint(phase: PhaseModel, saved: Saved, costs: Mapping[str, TargetCost], 
     }
     if holding.strategy == "fsdp":
         fixed["w_eff"] -= _merged_bytes(phase.model, holding.precision)  # merged again in backward instead
-        fixed["gathered"] = _gathered_bytes(phase.model)
+        fixed["gathered"] = _gathered_bytes(phase.model) + (FP32 * trained if holding.accumulates else 0)
     elif holding.gpus > 1 and not holding.bucket_view:
         fixed["buckets"] = FP32 * reduced
     return Footprint(fixed, {"activations": saved.per_image, "workspace": _image_workspace(costs, holding.precision)})

@@ -7,12 +7,13 @@ what a compiler would fuse is counted as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from prelora.analysis.activations import DEVICE, fake_batch, step_loss
 from prelora.analysis.hardware import Gpu
@@ -21,6 +22,12 @@ from prelora.analysis.phases import PhaseModel
 from prelora.analysis.traffic import TrafficCounter
 from prelora.nn.deferred_grads import lora_grads_from_weights
 from prelora.registry import OPERATORS, tensors_of
+
+_ATTENTION: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default: sdpa_flop_count,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default: sdpa_backward_flop_count,
+}
+"""FLOPs of attention as fake tensors on a CPU take it, which torch's table lacks; backward computes scores again."""
 
 Call = tuple[int, int]
 """FLOPs and bytes of one operator's call."""
@@ -70,6 +77,8 @@ class CallCounter(TrafficCounter):
         if func.namespace == "prim":  # a question to a fake tensor, as where it is
             return func(*args, **(kwargs or {}))
         out = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _ATTENTION:
+            self.traffic.flops += _ATTENTION[func](*(tensor.shape for tensor in tensors_of(args[:4])))
         counted = (self.traffic.flops, self.traffic.bytes_moved)
         # An operator made of others has noted them by now, and adds nothing of its own.
         if counted != self._noted:

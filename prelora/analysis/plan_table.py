@@ -1,0 +1,142 @@
+"""A plan as a table that is read in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from prelora.analysis.footprint import ITEMS
+from prelora.analysis.hardware import GIGA, GPUS
+from prelora.analysis.phases import PHASES
+from prelora.analysis.planner import PhasePlan, Plan
+from prelora.analysis.run_time import RunTime, Schedule
+from prelora.analysis.simulation import SimulatedPhase
+
+LABEL, CELL = 34, 14
+ITEM_NAMES = {
+    "buckets": "DDP's buckets beside gradients",
+    "snapshot": "snapshot for update norms",
+    "gathered": "gathered by FSDP",
+    "w_eff": "W_eff, autocast's copies",
+}
+
+
+def describe_plan(name: str, plan: Plan) -> list[str]:
+    """What is planned, and each phase's trainable parameters, FLOPs, memory and communication.
+
+    Args:
+        name: of the model.
+    """
+    setup, ranks = plan.setup, list(plan.ranks.values())
+    rank = (
+        f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}, mean {_mean(ranks):.1f}"
+    )
+    head = [
+        f"{name}: {plan.parameters / 1e6:.2f} M parameters, {len(ranks)} targets, {rank}",
+        f"{setup.cluster.gpus} × {setup.gpu}, {setup.strategy}, {setup.precision}, {setup.optimizer}: "
+        f"{setup.batch} images × {setup.accumulate} accumulated × {setup.cluster.gpus} = {plan.global_batch} a step",
+        "",
+        _row("counted, nothing was run", [phase.upper() for phase in PHASES]),
+    ]
+    rows = [
+        _phase_row(plan, "trainable, M", lambda phase: f"{phase.trainable / 1e6:.2f}"),
+        _phase_row(plan, "  share of the base", lambda phase: f"{100 * phase.trainable / plan.parameters:.2f} %"),
+        _phase_row(plan, "GFLOP an image", lambda phase: f"{phase.flops / GIGA:.1f}"),
+        "",
+        "memory of a GPU, GB",
+        *(_item_row(plan, item) for item in ITEMS if any(plan.phases[name].memory[item] for name in PHASES)),
+        _phase_row(plan, "  total", lambda phase: f"{sum(phase.memory.values()) / GIGA:.2f}"),
+        _phase_row(plan, f"images that fit {GPUS[setup.gpu].memory / GIGA:.0f} GB*", lambda p: str(p.largest_batch)),
+        "",
+        "network, a GPU's step",
+        _phase_row(plan, "  gradients reduced, GB", lambda phase: f"{phase.reduced / GIGA:.3f}"),
+        _phase_row(plan, "  in reductions", lambda phase: str(len(phase.buckets))),
+    ]
+    if any(plan.phases[name].gathered for name in PHASES):
+        rows.append(_phase_row(plan, "  weights gathered, GB", lambda phase: f"{phase.gathered / GIGA:.3f}"))
+    reserve = f"* {setup.reserve / GIGA:g} GB left for what is no tensor's: context, NCCL, workspaces, fragmentation"
+    return [*head, *rows, reserve]
+
+
+def describe_times(plan: Plan, schedule: Schedule, run: RunTime) -> list[str]:
+    """Predicted times of a step and of the run, each speed-up beside its ceilings."""
+    setup, cluster, gpu = plan.setup, plan.setup.cluster, GPUS[plan.setup.gpu]
+    full, lora = plan.phases["full"], plan.phases["lora"]
+    epochs = schedule.in_phase
+    gradients = full.reduced / lora.reduced if lora.reduced else 1.0
+    return [
+        "",
+        _row("predicted step, ms", [phase.upper() for phase in PHASES]),
+        *(_phase_row(plan, f"  {part}", _milliseconds(part)) for part in ("forward", "backward", "update")),
+        _phase_row(plan, "  network, not hidden", _milliseconds("exposed")),
+        _phase_row(plan, "  (network alone)", _milliseconds("network")),
+        _phase_row(plan, "  step", _milliseconds("total")),
+        _phase_row(plan, "  images a second, all GPUs", lambda p: f"{plan.global_batch / _total(p):,.0f}"),
+        _phase_row(plan, "  speed-up over FULL", lambda p: f"{_total(full) / _total(p):.2f}×"),
+        _phase_row(plan, "  its ceiling by FLOPs", lambda p: f"{full.flops / p.flops:.2f}×"),
+        "",
+        f"gradients on the network: FULL sends {gradients:.1f}× what LORA sends, "
+        f"the most that a step made of nothing but communication can gain",
+        f"run: {epochs['full']} + {epochs['warmup']} + {epochs['lora']} epochs of {run.steps_per_epoch} steps: "
+        f"{run.seconds / 3600:.1f} h, all FULL {run.baseline / 3600:.1f} h: {run.speedup:.2f}× "
+        f"(ceiling by FLOPs {run.ceiling:.2f}×)",
+        f"assumed: {100 * setup.reach.compute:.0f} % of {gpu.peak[setup.precision] / 1e12:g} TFLOP/s and "
+        f"{100 * setup.reach.memory:.0f} % of {gpu.bandwidth / GIGA:,.0f} GB/s, operator by operator, eager; rings at "
+        f"{100 * cluster.efficiency:.0f} % of {cluster.intra / GIGA:g} GB/s in a node of {cluster.per_node}, "
+        f"{cluster.inter / GIGA:g} GB/s a node between; {1e6 * cluster.latency:.0f} µs a collective;",
+        "  reductions run beside backward, each once its share of backward is done; no waiting for data",
+        f"peaks: {gpu.source}",
+    ]
+
+
+def describe_simulation(plan: Plan, simulated: Mapping[str, SimulatedPhase]) -> list[str]:
+    """Closed form and simulation side by side: GB, and by how much the simulation differs."""
+    lines = ["", f"closed form | simulated on fake tensors, rank 0 of {plan.setup.cluster.gpus} | difference"]
+    lines.append(_row("", [phase.upper() for phase in PHASES], 30))
+    pairs: dict[str, Callable[[PhasePlan, SimulatedPhase], tuple[float, float]]] = {
+        "parameters, GB": lambda p, s: (_gb(p, "weights", "lora"), s.parameters / GIGA),
+        "optimizer, GB": lambda p, s: (_gb(p, "optimizer"), s.optimizer / GIGA),
+        "gradients and buckets, GB": lambda p, s: (_gb(p, "gradients", "buckets"), s.gradients / GIGA),
+        "kept for backward, GB": lambda p, s: (_gb(p, "w_eff", "activations"), s.forward / GIGA),
+        "backward's workspace, GB": lambda p, s: (_gb(p, "workspace"), s.workspace / GIGA),
+        "all-reduced, GB": lambda p, s: (p.reduced / GIGA, sum(s.buckets) / GIGA),
+        "buckets": lambda p, s: (len(p.buckets), len(s.buckets)),
+    }
+    for label, both in pairs.items():
+        cells = [_compared(*both(plan.phases[name], simulated[name])) for name in PHASES]
+        lines.append(_row(label, cells, 30))
+    return lines
+
+
+def _compared(closed: float, simulated: float) -> str:
+    difference = f"{100 * (simulated / closed - 1):+.1f} %" if closed else "-"
+    digits = 0 if isinstance(closed, int) else 3
+    return f"{closed:.{digits}f} | {simulated:.{digits}f} | {difference}"
+
+
+def _gb(phase: PhasePlan, *items: str) -> float:
+    return sum(phase.memory[item] for item in items) / GIGA
+
+
+def _item_row(plan: Plan, item: str) -> str:
+    return _phase_row(plan, f"  {ITEM_NAMES.get(item, item)}", lambda phase: f"{phase.memory[item] / GIGA:.2f}")
+
+
+def _milliseconds(part: str) -> Callable[[PhasePlan], str]:
+    return lambda phase: f"{1000 * getattr(phase.time, part):.1f}"
+
+
+def _total(phase: PhasePlan) -> float:
+    assert phase.time is not None
+    return phase.time.total
+
+
+def _phase_row(plan: Plan, label: str, cell: Callable[[PhasePlan], str]) -> str:
+    return _row(label, [cell(plan.phases[name]) for name in PHASES])
+
+
+def _row(label: str, cells: Sequence[str], width: int = CELL) -> str:
+    return f"{label:<{LABEL}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return sum(values) / len(values)
