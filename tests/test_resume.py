@@ -1,20 +1,14 @@
 """Interrupted anywhere and resumed, a run equals the uninterrupted one bit for bit (CPU)."""
 
 import dataclasses
-import json
-import multiprocessing
 import os
-import subprocess
-import sys
 
-import interrupt
 import pytest
-import torch
-from tiny_runs import MEASURED
+from launching import assert_equal, left, outcome, run, torchrun
 
 from prelora import PreLoRAConfig
-from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest
-from prelora.train.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig, save_yaml
+from prelora.checkpoint import newest_valid
+from prelora.train.config import CheckpointConfig, DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 STOPPED, KILLED = 75, -9
 
@@ -32,11 +26,6 @@ CONFIG = TrainConfig(
 )
 
 
-# Children are forked from a server that has torch, timm and the trainer loaded: real processes at a second each.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["interrupt", "timm", "prelora.train.__main__", "sklearn.datasets"])
-
-
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """The same number of threads in every run: sums round by it."""
@@ -44,57 +33,6 @@ def one_thread():
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         yield
-
-
-def prepare(config, output):
-    output.parent.mkdir(parents=True, exist_ok=True)
-    save_yaml(dataclasses.replace(config, output=output, resume="auto"), output.with_suffix(".yaml"))
-    return ["--config", str(output.with_suffix(".yaml"))]
-
-
-def run(config, output, *interruption):
-    """Train in a process of its own; returns the exit code, negative for the signal that killed it."""
-    log = output.with_suffix(".log")
-    child = FORKSERVER.Process(target=interrupt.train, args=(interruption, prepare(config, output), str(log)))
-    child.start()
-    child.join(timeout=120)
-    print(log.read_text())  # pytest shows it with a failure
-    assert child.exitcode is not None, "the run hangs"
-    return child.exitcode
-
-
-def torchrun(config, output, *interruption, options=()):
-    """Train on gloo ranks; returns torchrun's exit code."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}", "--standalone", *options]
-    command = [*launch, interrupt.__file__, *map(str, interruption), "train", *prepare(config, output)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    print(done.stdout, done.stderr)
-    return done.returncode
-
-
-def outcome(output):
-    """Everything a run leaves that is not a measurement: every tensor of the last checkpoint, and the metrics."""
-    tree = load_checkpoint(checkpoints(output / "checkpoints")[0])
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-    kept = ("model", "ema", "optimizer", "scheduler", "phase", "step", "ranks", "ramp", "monitor")
-    return {"metrics": metrics, "of ranks": tree["train"]["ranks"], **{key: tree[key] for key in kept}}
-
-
-def assert_equal(one, other, where=""):
-    assert type(one) is type(other), where
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), where
-    elif isinstance(one, dict):
-        assert list(one) == list(other), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}/{key}")
-    elif isinstance(one, list):
-        assert len(one) == len(other), where
-        for index, pair in enumerate(zip(one, other, strict=True)):
-            assert_equal(*pair, f"{where}/{index}")
-    else:
-        assert one == other or (one != one and other != other), where
 
 
 @pytest.fixture(scope="module")
@@ -161,14 +99,6 @@ CHAINS = {
         ("SIGTERM", "tensors", 2, "16 lora"),
     ],
 }
-
-
-def left(output):
-    """The checkpoint to go on from, as "<step> <phase>"."""
-    path = newest_valid(output / "checkpoints")[0]
-    if path is None:
-        return "nothing"
-    return f"{path.name.removeprefix('step-').lstrip('0')} {read_manifest(path).about['phase']}"
 
 
 @pytest.mark.parametrize("chain", CHAINS.values(), ids=CHAINS)
@@ -240,18 +170,18 @@ ON_RANKS = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, bat
 @pytest.fixture(scope="module")
 def uninterrupted_ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("ranks") / "run"
-    assert torchrun(ON_RANKS, output) == 0
+    assert torchrun(ON_RANKS, output, ranks=RANKS) == 0
     return outcome(output)
 
 
 def test_ranks_stopped_through_one_of_them_or_through_torchrun_go_on_bit_for_bit(uninterrupted_ranks, tmp_path):
     output = tmp_path / "run"
 
-    assert torchrun(ON_RANKS, output, "SIGTERM", "step", 10) != 0
+    assert torchrun(ON_RANKS, output, "SIGTERM", "step", 10, ranks=RANKS) != 0
     assert left(output) == "11 warmup"
-    assert torchrun(ON_RANKS, output, "SIGTERM+torchrun:SIGTERM", "step", 8) != 0
+    assert torchrun(ON_RANKS, output, "SIGTERM+torchrun:SIGTERM", "step", 8, ranks=RANKS) != 0
     assert left(output) == "20-evaluating lora"
-    assert torchrun(ON_RANKS, output) == 0
+    assert torchrun(ON_RANKS, output, ranks=RANKS) == 0
 
     assert_equal(outcome(output), uninterrupted_ranks)
 
@@ -260,6 +190,6 @@ def test_torchrun_restarts_a_killed_worker_where_it_stood(uninterrupted_ranks, t
     output = tmp_path / "run"
 
     # The restarted worker counts anew: 16 steps are done, and it will not come to another eighteenth.
-    assert torchrun(ON_RANKS, output, "SIGKILL", "step", 18, options=["--max-restarts=1"]) == 0
+    assert torchrun(ON_RANKS, output, "SIGKILL", "step", 18, options=["--max-restarts=1"], ranks=RANKS) == 0
 
     assert_equal(outcome(output), uninterrupted_ranks)

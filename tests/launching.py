@@ -1,0 +1,84 @@
+"""Runs of the trainer in processes of their own, alone or by torchrun, and what they leave."""
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import interrupt
+import torch
+from tiny_runs import MEASURED
+
+from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest
+from prelora.train.config import save_yaml
+
+# Children are forked from a server that has torch, timm and the trainer loaded: real processes at a second each.
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["interrupt", "timm", "prelora.train.__main__", "sklearn.datasets"])
+
+
+# The same number of threads in every run: sums round by it.
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def prepare(config, output):
+    output.parent.mkdir(parents=True, exist_ok=True)
+    save_yaml(dataclasses.replace(config, output=output, resume="auto"), output.with_suffix(".yaml"))
+    return ["--config", str(output.with_suffix(".yaml"))]
+
+
+def run(config, output, *interruption):
+    """Train in a process of its own; returns the exit code, negative for the signal that killed it."""
+    log = output.with_suffix(".log")
+    child = FORKSERVER.Process(target=interrupt.train, args=(interruption, prepare(config, output), str(log)))
+    child.start()
+    child.join(timeout=120)
+    print(log.read_text())  # pytest shows it with a failure
+    assert child.exitcode is not None, "the run hangs"
+    return child.exitcode
+
+
+def torchrun(config, output, *interruption, ranks, options=()):
+    """Train on gloo ranks; returns torchrun's exit code, and its output in ``output``'s log."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", *options]
+    command = [*launch, interrupt.__file__, *map(str, interruption), "train", *prepare(config, output)]
+    log = output.with_suffix(".log")
+    with log.open("w") as file:
+        done = subprocess.run(command, stdout=file, stderr=file, env=ENVIRONMENT, timeout=300, check=False)
+    print(log.read_text())
+    return done.returncode
+
+
+def outcome(output):
+    """Everything a run leaves that is not a measurement: every tensor of the last checkpoint, and the metrics."""
+    tree = load_checkpoint(checkpoints(output / "checkpoints")[0])
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
+    kept = ("model", "ema", "optimizer", "scheduler", "phase", "step", "ranks", "ramp", "monitor")
+    return {"metrics": metrics, "of ranks": tree["train"]["ranks"], **{key: tree[key] for key in kept}}
+
+
+def assert_equal(one, other, where=""):
+    assert type(one) is type(other), where
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert list(one) == list(other), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(other), where
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_equal(*pair, f"{where}/{index}")
+    else:
+        assert one == other or (one != one and other != other), where
+
+
+def left(output):
+    """The checkpoint to go on from, as "<step> <phase>"."""
+    path = newest_valid(output / "checkpoints")[0]
+    if path is None:
+        return "nothing"
+    return f"{path.name.removeprefix('step-').lstrip('0')} {read_manifest(path).about['phase']}"
