@@ -15,7 +15,8 @@ import prelora.data
 from prelora.data import build_source
 from prelora.data.sampler import epoch_order, eval_batches, train_batches
 
-pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+dali = pytest.importorskip("prelora.data.dali", reason="DALI is not installed", exc_type=ImportError)
+from prelora.data.dali_loader import _Feed  # noqa: E402 (which needs DALI)
 
 LOADERS = ("dali", "plain")
 SPLITS = {"1 × 20": (1, 20), "2 × 10": (2, 10), "4 × 5": (4, 5)}
@@ -35,7 +36,13 @@ def sources(folders):
     return {loader: images_of(folders, loader) for loader in LOADERS}
 
 
-def images_of(path, loader="auto", seed=0, rand_augment=(2, 15), workers=0, image_size=16, **options):
+@pytest.fixture(scope="module")
+def augmented(folders):
+    """The same with RandAugment."""
+    return {loader: images_of(folders, loader, rand_augment=(2, 15)) for loader in LOADERS}
+
+
+def images_of(path, loader="auto", seed=0, rand_augment=None, workers=0, image_size=16, **options):
     return build_source(
         "images",
         path=path,
@@ -78,11 +85,11 @@ def of_rank(source, rank, ranks, batch_size, epoch=1, first=0):
 
 @pytest.mark.parametrize("split", SPLITS.values(), ids=SPLITS)
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epochs_pixels_are_bit_identical_for_any_ranks_and_batch(loader, split, sources):
+def test_an_epochs_pixels_are_bit_identical_for_any_ranks_and_batch(loader, split, augmented):
     ranks, batch_size = split
-    whole = joined(sources[loader].train([epoch_order(TRAIN, 0, 1)], 1))
+    whole = joined(augmented[loader].train([epoch_order(TRAIN, 0, 1)], 1))
 
-    by_rank = [of_rank(sources[loader], rank, ranks, batch_size) for rank in range(ranks)]
+    by_rank = [of_rank(augmented[loader], rank, ranks, batch_size) for rank in range(ranks)]
 
     steps = [batch for step in zip(*by_rank, strict=True) for batch in step]
     images, labels = joined(steps)
@@ -90,12 +97,14 @@ def test_an_epochs_pixels_are_bit_identical_for_any_ranks_and_batch(loader, spli
     assert torch.equal(labels, whole[1])
 
 
-@pytest.mark.parametrize("step", [0, 3, 7, 8])
+@pytest.mark.parametrize(("step", "rand_augment"), [(0, None), (3, (2, 15)), (7, None), (8, None)])
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epoch_resumed_at_a_step_goes_on_with_the_same_pixels(loader, step, sources, folders):
-    whole = of_rank(sources[loader], 0, 1, 5)
+def test_an_epoch_resumed_at_a_step_goes_on_with_the_same_pixels(
+    loader, step, rand_augment, sources, augmented, folders
+):
+    whole = of_rank((augmented if rand_augment else sources)[loader], 0, 1, 5)
 
-    rest = of_rank(images_of(folders, loader), 0, 1, 5, first=step)
+    rest = of_rank(images_of(folders, loader, rand_augment=rand_augment), 0, 1, 5, first=step)
 
     assert len(rest) == 8 - step
     for (images, labels), expected in zip(rest, whole[step:], strict=True):
@@ -157,11 +166,11 @@ def test_pixels_are_the_same_from_every_layout(make, loader, folders, sources, t
 @pytest.mark.parametrize("change", ["epoch", "seed"])
 def test_another_epoch_or_seed_crops_every_image_anew(change, loader, folders):
     order = [np.arange(TRAIN)]
-    other = images_of(folders, loader, seed=int(change == "seed"), rand_augment=None)
+    other = images_of(folders, loader, seed=int(change == "seed"))
 
     changed, labels = joined(other.train(order, int(change == "epoch")))
 
-    images, same = joined(images_of(folders, loader, rand_augment=None).train(order, 0))
+    images, same = joined(images_of(folders, loader).train(order, 0))
     assert not any(torch.equal(*pair) for pair in zip(changed, images, strict=True))
     assert torch.equal(labels, same)
 
@@ -172,7 +181,7 @@ def test_images_that_are_alike_are_each_augmented_in_their_own_way(loader, folde
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(folders / "train" / "cat" / "0.png", path)
 
-    images, _ = joined(images_of(tmp_path, loader, rand_augment=None).train([np.arange(5)], 0))
+    images, _ = joined(images_of(tmp_path, loader).train([np.arange(5)], 0))
 
     assert len(images.unique(dim=0)) == 5
 
@@ -258,13 +267,10 @@ def test_the_loaders_agree_on_jpegs_of_pictures_without_and_nearly_with_rand_aug
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_rand_augment_changes_pixels(loader, folders, sources):
-    order = [np.arange(TRAIN)]
+def test_rand_augment_changes_pixels(loader, sources, augmented):
+    bare, changed = (joined(made[loader].train([np.arange(TRAIN)], 0))[0] for made in (sources, augmented))
 
-    bare = joined(images_of(folders, loader, rand_augment=None).train(order, 0))[0]
-
-    augmented = joined(sources[loader].train(order, 0))[0]
-    assert sum(torch.equal(*pair) for pair in zip(bare, augmented, strict=True)) < TRAIN / 4
+    assert sum(torch.equal(*pair) for pair in zip(bare, changed, strict=True)) < TRAIN / 4
 
 
 @pytest.mark.parametrize("loader", LOADERS)
@@ -310,7 +316,7 @@ def test_loading_moves_no_global_random_state(loader, workers, folders):
 
 
 def test_memory_does_not_grow_over_50_epochs(folders):
-    source = images_of(folders, "dali", image_size=64, rand_augment=None)
+    source = images_of(folders, "dali", image_size=64)
     order = batches(np.arange(TRAIN), 20)
 
     resident = []
@@ -364,6 +370,16 @@ def test_a_loader_asked_for_is_never_replaced(folders, monkeypatch):
 def test_dali_on_a_gpu_that_is_not_there_is_refused_with_dalis_reason(folders):
     with pytest.raises(ValueError, match=r"cannot serve: DALI 2.* does not run on cuda:0: .+"):
         images_of(folders, "dali", device=torch.device("cuda", 0))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("rand_augment", [None, (2, 15)])
+def test_the_pipeline_for_a_gpu_lacks_nothing_but_the_gpu(rand_augment):
+    """DALI refuses an operator that a device does not have, or operands on the wrong one, where it is called."""
+    pipeline = dali._images(_Feed(), 224, rand_augment, torch.device("cuda", 0), batch_size=4, num_threads=1)
+
+    with pytest.raises(RuntimeError, match="requires a CUDA-capable GPU"):
+        pipeline.build()
 
 
 @pytest.mark.parametrize(

@@ -37,19 +37,26 @@ def refusal(device: torch.device) -> str | None:
 
 
 def build_pipeline(
-    feed: Callable[[], Columns], *, batch_size: int, image_size: int, num_ops: int, threads: int, device: torch.device
+    feed: Callable[[], Columns],
+    *,
+    batch_size: int,
+    image_size: int,
+    rand_augment: tuple[int, float] | None,
+    threads: int,
+    device: torch.device,
 ) -> nvidia.dali.Pipeline:
     """A pipeline whose ``run`` gives float32 [N, 3, image_size, image_size] in [-1, 1].
 
     Args:
         feed: gives ``columns`` of the next batch; StopIteration ends an epoch.
         batch_size: the largest.
+        rand_augment: operations and magnitude, as the views' were drawn with.
         threads: that decode.
     """
     pipeline = _images(
         feed,
         image_size,
-        num_ops,
+        rand_augment,
         device,
         batch_size=batch_size,
         num_threads=threads,
@@ -61,22 +68,28 @@ def build_pipeline(
 
 
 @nvidia.dali.pipeline_def(enable_conditionals=True)
-def _images(feed: Callable[[], Columns], image_size: int, num_ops: int, device: torch.device) -> Any:
-    kinds = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32, types.FLOAT]
+def _images(
+    feed: Callable[[], Columns], image_size: int, rand_augment: tuple[int, float] | None, device: torch.device
+) -> Any:
+    kinds, ndim = [types.UINT8, types.INT32, types.INT32, types.FLOAT, types.INT32, types.INT32], [1, 1, 1, 1, 1, 0]
+    if rand_augment is not None:
+        kinds, ndim = [*kinds, types.FLOAT], [*ndim, 2]
     inputs = fn.external_source(
         source=feed,
-        num_outputs=7 if num_ops else 6,
+        num_outputs=len(kinds),
         batch=True,
-        dtype=kinds if num_ops else kinds[:-1],
-        ndim=[1, 1, 1, 1, 1, 0, 2] if num_ops else [1, 1, 1, 1, 1, 0],
+        dtype=kinds,
+        ndim=ndim,
     )
     encoded, start, shape, resized, offset, flip, *operations = inputs
     images = _decode(encoded, start, shape, device)
     images = fn.resize(images, size=resized, interp_type=types.INTERP_LINEAR, antialias=False)
     images = fn.slice(images, start=offset, shape=[image_size, image_size], axes=[0, 1])
     images = fn.flip(images, horizontal=flip, vertical=0)
-    if num_ops:
-        images = dali_randaugment.apply(images, operations[0], num_ops)
+    if rand_augment is not None:
+        images = dali_randaugment.apply(
+            images, operations[0], num_ops=rand_augment[0], magnitude=rand_augment[1], size=image_size
+        )
     return fn.crop_mirror_normalize(images, mean=[127.5] * 3, std=[127.5] * 3, dtype=types.FLOAT, output_layout="CHW")
 
 
@@ -97,7 +110,7 @@ def _decode(encoded: Any, start: Any, shape: Any, device: torch.device) -> Any:
     )
 
 
-def columns(samples: list[tuple[Encoded, View]], num_ops: int) -> Columns:
+def columns(samples: list[tuple[Encoded, View]]) -> Columns:
     """A batch as ``build_pipeline``'s feed gives it."""
     encoded = [np.frombuffer(image.data, dtype=np.uint8) for image, _ in samples]
     views = [view for _, view in samples]
@@ -108,7 +121,8 @@ def columns(samples: list[tuple[Encoded, View]], num_ops: int) -> Columns:
         [view.offset for view in views],
         [view.flip for view in views],
     )
-    return (encoded, *placed, [view.operations for view in views]) if num_ops else (encoded, *placed)
+    augmented = len(views[0].operations) > 0
+    return (encoded, *placed, [view.operations for view in views]) if augmented else (encoded, *placed)
 
 
 def to_tensor(images: Any, device: torch.device) -> torch.Tensor:

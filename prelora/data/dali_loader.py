@@ -31,9 +31,8 @@ class _Batch(NamedTuple):
 class _Feed:
     """Hands DALI one batch after the other, and keeps those that it has not given back yet."""
 
-    def __init__(self, num_ops: int) -> None:
+    def __init__(self) -> None:
         self.under_way: deque[_Batch] = deque()
-        self._num_ops = num_ops
         self._batches: Iterator[_Batch] = iter(())
 
     def start(self, batches: Iterator[_Batch]) -> None:
@@ -43,24 +42,32 @@ class _Feed:
     def __call__(self) -> Columns:
         batch = next(self._batches)  # its StopIteration ends DALI's epoch
         self.under_way.append(batch)
-        return columns(batch.samples, self._num_ops)
+        return columns(batch.samples)
 
 
 class DaliLoader:
     """The batches of one split. A file that DALI cannot decode costs its pipeline, which is then built anew."""
 
-    def __init__(self, samples: Samples, *, image_size: int, num_ops: int, threads: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        samples: Samples,
+        *,
+        image_size: int,
+        rand_augment: tuple[int, float] | None,
+        threads: int,
+        device: torch.device,
+    ) -> None:
         """Args:
         image_size: side of the batches' images.
-        num_ops: RandAugment operations in each view.
+        rand_augment: operations and magnitude of the views.
         threads: that read, and as many that decode.
         device: where the images come out; decoding is done there, too.
         """
         self._samples = samples
         self._device = device
-        self._image_size, self._num_ops, self._threads = image_size, num_ops, threads
+        self._image_size, self._rand_augment, self._threads = image_size, rand_augment, threads
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read-images")
-        self._feed = _Feed(num_ops)
+        self._feed = _Feed()
         self._pipeline: Any = None
         self._rebuilds = 0
 
@@ -96,7 +103,7 @@ class DaliLoader:
                 self._feed,
                 batch_size=largest,
                 image_size=self._image_size,
-                num_ops=self._num_ops,
+                rand_augment=self._rand_augment,
                 threads=self._threads,
                 device=self._device,
             )

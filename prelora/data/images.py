@@ -81,9 +81,11 @@ class Images:
         self.train_samples, self.eval_samples = len(splits["train"]), len(splits["val"])
         self.quarantined = quarantine.reasons
         self._image_size, self._seed, self._rand_augment = image_size, seed, rand_augment
-        operations = rand_augment[0] if rand_augment else 0
         build = functools.partial(_loader, kind, image_size=image_size, workers=workers, device=device)
-        self._train, self._eval = build(samples["train"], num_ops=operations), build(samples["val"], num_ops=0)
+        self._train, self._eval = (
+            build(samples["train"], rand_augment=rand_augment),
+            build(samples["val"], rand_augment=None),
+        )
 
     def train(self, indices: Sequence[np.ndarray], epoch: int) -> Batches:
         """Augmented images: see ``Source.train``."""
@@ -120,14 +122,15 @@ def _loader(
     samples: Samples,
     *,
     image_size: int,
-    num_ops: int,
+    rand_augment: tuple[int, float] | None,
     workers: int,
     device: torch.device,
 ) -> Loader:
     if kind == "dali":
         from prelora.data.dali_loader import DaliLoader
 
-        return DaliLoader(samples, image_size=image_size, num_ops=num_ops, threads=max(1, workers), device=device)
+        threads = max(1, workers)
+        return DaliLoader(samples, image_size=image_size, rand_augment=rand_augment, threads=threads, device=device)
     from prelora.data.plain import PlainLoader
 
     return PlainLoader(samples, image_size=image_size, workers=workers, device=device)
