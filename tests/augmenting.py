@@ -1,22 +1,11 @@
-"""Images and draws of one operation each, for the tests of RandAugment."""
+"""Images, magnitudes and operations for the tests of RandAugment."""
 
 import numpy as np
 import numpy.typing as npt
 
-from prelora.data.randaugment import COLUMNS, OPS, arguments
-
 Image = npt.NDArray[np.uint8]
 MAGNITUDES = (0, 5, 10, 15, 20)
 TWO_WAYS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-
-
-def drawn(op: str, magnitude: float, size: int, sign: int = 1, centre: tuple[int, int] = (5, 30)) -> npt.NDArray:
-    """A draw, float32 [1, 7], of this operation alone."""
-    args = arguments(op, magnitude, size, sign, centre)
-    draws = np.zeros((1, COLUMNS), np.float32)
-    draws[0, 0] = OPS.index(op)
-    draws[0, 1 : 1 + len(args)] = args
-    return draws
 
 
 def noise(size: int) -> Image:

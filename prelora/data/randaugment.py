@@ -68,27 +68,27 @@ def draw(rng: np.random.Generator, num_ops: int, magnitude: float, size: int) ->
     """
     if not 0 <= magnitude <= MAX_MAGNITUDE:
         raise ValueError(f"magnitude = {magnitude}: accepted is 0 to {MAX_MAGNITUDE:g}")
-    draws = np.zeros((num_ops, COLUMNS), np.float32)
-    for row in draws:
-        op = int(rng.integers(len(OPS)))
+    draws = np.empty((num_ops, COLUMNS), np.float32)
+    for place in range(num_ops):
+        op = OPS[rng.integers(len(OPS))]
         sign = 1 - 2 * int(rng.integers(2))
-        centre = rng.integers(size, size=2)
-        args = arguments(OPS[op], magnitude, size, sign, centre)
-        row[0] = op
-        row[1 : 1 + len(args)] = args
+        top, left = rng.integers(size, size=2)
+        draws[place] = drawn(op, magnitude, size, sign, (int(top), int(left)))
     return draws
 
 
-def arguments(
-    op: str, magnitude: float, size: int, sign: int, centre: npt.NDArray[np.int64] | tuple[int, int]
-) -> tuple[float, ...]:
-    """The arguments of one operation at a magnitude, in the order in which ``draw`` holds them.
+def drawn(op: str, magnitude: float, size: int, sign: int = 1, centre: tuple[int, int] = (0, 0)) -> Floats:
+    """One operation as ``draw`` gives it, float32 [7].
 
     Args:
         sign: 1 or -1, of the operations that go either way.
         centre: row and column of Cutout's hole.
     """
-    level = magnitude / 10
+    args = _arguments(op, magnitude / 10, size, sign, centre)
+    return np.array((OPS.index(op), *args, *[0] * (COLUMNS - 1 - len(args))), np.float32)
+
+
+def _arguments(op: str, level: float, size: int, sign: int, centre: tuple[int, int]) -> tuple[float, ...]:
     if op == "Rotate":
         return _rotation(math.radians(30 * level * sign), size)
     if op in ("ShearX", "ShearY"):
@@ -99,8 +99,8 @@ def arguments(
         return (1, 0, pixels, 0, 1, 0) if op == "TranslateX" else (1, 0, 0, 0, 1, pixels)
     if op == "Cutout":
         half = int(40 * level)
-        top, left = (max(0, int(at) - half) for at in centre)
-        bottom, right = (min(size, int(at) + half) for at in centre)
+        top, left = (max(0, at - half) for at in centre)
+        bottom, right = (min(size, at + half) for at in centre)
         return (top, left, bottom - top, right - left)
     if op == "Posterize":
         # Where asked to clear all 8 bits, TensorFlow clears 7.
@@ -150,8 +150,8 @@ def _by_table(image: Image, table: npt.NDArray[Any]) -> Image:
     return np.stack([table[:, channel].take(image[..., channel]) for channel in range(3)], axis=-1)
 
 
-def _blend(degenerate: Floats, image: Floats, factor: np.float32) -> Floats:
-    """``degenerate`` at factor 0, the image at 1, beyond it at more."""
+def blend(degenerate: Floats, image: Floats, factor: np.float32) -> Floats:
+    """``degenerate`` at factor 0, the image at 1, beyond it at more; fp32 in [0, 255], not yet cut off to integers."""
     return np.clip(degenerate + factor * (image - degenerate), 0, 255)
 
 
@@ -195,11 +195,11 @@ def _color(image: Image, args: Floats) -> Image:
     # 0.2989 R + 0.587 G + 0.114 B, times 255.5 / 255, cut off: in integers, since floats may miss one by a hair.
     red, green, blue = np.moveaxis(image.astype(np.uint32), -1, 0)
     grey = (2989 * red + 5870 * green + 1140 * blue) * 511 // 5_100_000
-    return _blend(grey[..., None].astype(np.float32), image.astype(np.float32), args[0]).astype(np.uint8)
+    return blend(grey[..., None].astype(np.float32), image.astype(np.float32), args[0]).astype(np.uint8)
 
 
 def _towards_grey(image: Image, args: Floats) -> Image:
-    return _by_table(image, _blend(args[1], VALUES, args[0]))
+    return _by_table(image, blend(args[1], VALUES, args[0]))
 
 
 def _sharpness(image: Image, args: Floats) -> Image:
@@ -208,7 +208,7 @@ def _sharpness(image: Image, args: Floats) -> Image:
     rows = wide[:-2] + wide[1:-1] + wide[2:]
     smooth = (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:] + 4 * wide[1:-1, 1:-1]) // 13
     out = image.copy()
-    out[1:-1, 1:-1] = _blend(smooth.astype(np.float32), image[1:-1, 1:-1].astype(np.float32), args[0])
+    out[1:-1, 1:-1] = blend(smooth.astype(np.float32), image[1:-1, 1:-1].astype(np.float32), args[0])
     return out
 
 
