@@ -69,6 +69,15 @@ def test_steps_of_one_phase_compile_once(phase):
     assert counter.frame_count == 1
 
 
+def test_a_second_batch_size_makes_the_size_symbolic_and_computes_alike():
+    torch._dynamo.reset()
+    model = vit("lora")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+
+    for count in (4, 3, 5):
+        torch.testing.assert_close(compiled(models.images(count).double()), model(models.images(count).double()))
+
+
 def test_the_switch_and_the_freeze_compile_once_each():
     counter = CompileCounterWithBackend("aot_eager")
     pre = models.start(wrap=lambda model: torch.compile(model, backend=counter, fullgraph=True))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from models import tiny_vit
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 from two_ranks import WORLD, Ranks
 
@@ -408,10 +408,6 @@ def fsdp1(model):
     return wrapped
 
 
-def fsdp2(model):
-    return fully_shard(model)
-
-
 def ddp_mixed_precision(model):
     ddp = DistributedDataParallel(model)
     ddp.mixed_precision = object()  # its constructor wants one as well
@@ -433,7 +429,6 @@ def refusal(wrap):
     [
         (nn.DataParallel, "DataParallel is not supported: wrap the model in DistributedDataParallel"),
         (fsdp1, "FullyShardedDataParallel is not supported: wrap the model in DistributedDataParallel"),
-        (fsdp2, "is a sharded DTensor (FSDP2); accepted are plain and DDP models"),
         (ddp_mixed_precision, "mixed_precision=...) hooks itself into the model: use autocast"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -1,4 +1,4 @@
-"""Two gloo processes that live as long as a test module and do what its tests hand them."""
+"""Gloo processes, two unless told otherwise, that live as long as a test module and do what its tests hand them."""
 
 import datetime as dt
 import multiprocessing
@@ -12,23 +12,39 @@ WORLD = 2
 
 def serve(rank, folder, pipe):
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=dt.timedelta(seconds=60))
+    met = None
     while (work := pipe.recv()) is not None:
-        function, arguments = work
+        world, meeting, function, arguments = work
+        if meeting != met:
+            join(rank, world, os.path.join(folder, meeting))
+            met = meeting
         try:
             pipe.send((function(*arguments), None))
         except Exception as error:  # noqa: BLE001 (the test's process shows it)
             pipe.send((None, f"rank {rank}: {type(error).__name__}: {error}"))
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def join(rank, world, meeting):
+    """Have the default process group be one of ``world`` ranks; of one rank, be none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if world > 1:
+        store = dist.FileStore(meeting, world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=dt.timedelta(seconds=60))
 
 
 class Ranks:
     """Called with a module-level function and its arguments, runs it on every rank; returns what each returned."""
 
-    def __init__(self, folder):
-        context = multiprocessing.get_context("spawn")
-        pipes = [context.Pipe() for _ in range(WORLD)]
+    def __init__(self, folder, world=WORLD):
+        # Forked from a process that has imported what takes seconds; its own and the test's threads stay out of it.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["prelora", "timm", "torch.distributed.fsdp", "torch.distributed.tensor"])
+        pipes = [context.Pipe() for _ in range(world)]
+        self.world = self.met = world
+        self.meetings = 0
         self.pipes = [ours for ours, _ in pipes]
         self.processes = [
             context.Process(target=serve, args=(rank, str(folder), theirs), daemon=True)
@@ -38,10 +54,16 @@ class Ranks:
             process.start()
 
     def __call__(self, function, *arguments):
-        for pipe in self.pipes:
-            pipe.send((function, arguments))
-        answers = [pipe.recv() for pipe in self.pipes]
-        assert [error for _, error in answers] == [None] * WORLD
+        return self.only(self.world, function, *arguments)
+
+    def only(self, world, function, *arguments):
+        """The same on the first ``world`` of the ranks, as a process group of their own."""
+        if world != self.met:
+            self.met, self.meetings = world, self.meetings + 1
+        for pipe in self.pipes[:world]:
+            pipe.send((world, f"store{self.meetings}", function, arguments))
+        answers = [pipe.recv() for pipe in self.pipes[:world]]
+        assert [error for _, error in answers] == [None] * world
         return [value for value, _ in answers]
 
     def close(self):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 Work = Literal["inference", "warmup", "lora"]
 
 FLOPS_PER_BYTE = {"cpu": {2: 12.0, 4: 6.0, 8: 3.0}, "cuda": {2: 200.0, 4: 80.0, 8: 10.0}}
@@ -58,5 +60,7 @@ def choose_execution(
     own = {"inference": 0.0, "lora": 0.0, "warmup": 2 * gemm / balance + 2 * n * k * weight_bytes}[work]
     shared = 0.0 if work != "warmup" else 2 * m * rank_elements / balance + compute_bytes * m * (n + k)
     ratio = (merge + own) / (path + shared) if path + shared else 1.0
-    cost = f"merging costs {ratio:.2g} of a second path at {tokens} tokens"
-    return Choice("merged" if ratio < 1 else "two_path", cost)
+    cheaper: Literal["merged", "two_path"] = "merged" if ratio < 1 else "two_path"
+    if torch.compiler.is_compiling():
+        return Choice(cheaper, "the cheaper one")  # Dynamo cannot print a number that it keeps symbolic
+    return Choice(cheaper, f"merging costs {ratio:.2g} of a second path at {tokens} tokens")
