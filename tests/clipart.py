@@ -10,6 +10,9 @@ CLASSES = ("animals", "buildings", "food", "plants")
 SIDES = (96, 120, 150, 180, 225, 260)
 """Longer sides in pixels, in turn."""
 
+LARGEST = 200_000
+"""Bytes."""
+
 needs_clipart = pytest.mark.skipif(
     not CLIPART.is_dir(), reason=f"{CLIPART} is not there: apt-get install openclipart-png"
 )
@@ -34,8 +37,11 @@ def make_clipart(root, classes=CLASSES, train=8, val=4):
 
 
 def distinct(folder):
-    """The PNGs under ``folder`` in order, each only where it really lies: many are linked to from elsewhere."""
-    return sorted(path for path in folder.rglob("*.png") if path.resolve() == path)
+    """The PNGs under ``folder`` in order, each only where it really lies: many are linked to from elsewhere.
+
+    A few are of more than 100 megapixels; the largest files are left out.
+    """
+    return sorted(path for path in folder.rglob("*.png") if path.resolve() == path and path.stat().st_size < LARGEST)
 
 
 def on_white(path, side):

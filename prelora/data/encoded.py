@@ -31,11 +31,13 @@ def open_image(data: bytes) -> Image.Image:
     """The image with its header read, its pixels not yet.
 
     Raises:
-        UnusableError: no header of an image.
+        UnusableError: no header of an image, or more pixels than Pillow takes for a picture.
     """
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise UnusableError(str(error)) from error
+    except (OSError, SyntaxError, ValueError) as error:
         what = "it is empty" if not data else f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]} header"
         raise UnusableError(what) from error
 
