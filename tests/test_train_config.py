@@ -258,7 +258,24 @@ def test_a_recipe_is_chosen_by_name_and_noted(name):
 
 
 def test_without_arguments_it_is_the_digits():
-    assert parse([]) == (RECIPES["digits"](), False)
+    assert parse([]) == (RECIPES["digits"](), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "started", "gpus"),
+    [
+        ("--recipe vit_large_imagenet --dry-run", None, 64),
+        ("--recipe vit_large_imagenet --dry-run", "4", 4),
+        ("--recipe vit_large_imagenet --dry-run --gpus 8", "4", 8),
+        ("--recipe digits --dry-run", None, 1),
+    ],
+)
+def test_a_dry_run_is_for_the_gpus_asked_for_or_started_or_meant(arguments, started, gpus, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if started is not None:
+        monkeypatch.setenv("WORLD_SIZE", started)
+
+    assert parse(arguments.split())[1] == gpus
 
 
 def test_options_override_a_config_file(tmp_path):
@@ -277,6 +294,8 @@ REFUSED = {
     "a recipe without its name": (["--recipe"], ["prelora train", "--recipe"]),
     "an option of another place": (["--lr", "1"], ["--lr", "--optim.lr"]),
     "a number that is none": (["--optim.lr", "fast"], ["--optim.lr", "fast"]),
+    "a number of GPUs without a plan": (["--gpus", "8"], ["--gpus 8", "--dry-run"]),
+    "a plan for no GPU": (["--dry-run", "--gpus", "0"], ["--gpus 0", "at least 1"]),
     "a value out of range": (["--prelora.tau", "-1"], ["tau = -1", "above 0"]),
     "a choice that is none": (["--precision", "fp8"], ["fp8", "fp32", "bf16", "fp16"]),
 }

@@ -14,12 +14,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prelora.analysis.hardware import GIGA, GPUS, Cluster
-from prelora.analysis.plan_table import describe_plan, describe_simulation, describe_times
+from prelora.analysis.plan_table import describe_phases, describe_setup, describe_times
 from prelora.analysis.planner import Plan, Setup, make_plan
 from prelora.analysis.records import load_run
 from prelora.analysis.roofline import Reach
 from prelora.analysis.run_time import IMAGENET_1K, Schedule, run_time
 from prelora.analysis.simulation import SimulatedPhase, simulate
+from prelora.analysis.simulation_table import describe_simulation
 from prelora.config import Freeze, PreLoRAConfig
 from prelora.targets import Target, find_targets
 from prelora.train.config import ModelConfig
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str]) -> str:
     simulated = _simulate(options, model, targets, ranks, config, image) if options.simulate else None
     if options.as_json:
         return _json(options, plan, schedule, simulated)
-    lines = describe_plan(options.model, plan)
+    lines = [*describe_setup(options.model, plan), *describe_phases(plan)]
     lines += describe_times(plan, schedule, run_time(plan, schedule))
     return "\n".join(lines + (describe_simulation(plan, simulated) if simulated is not None else []))
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from prelora.analysis.footprint import ITEMS
 from prelora.analysis.hardware import GIGA, GPUS
 from prelora.analysis.phases import PHASES
 from prelora.analysis.planner import PhasePlan, Plan
 from prelora.analysis.run_time import RunTime, Schedule
-from prelora.analysis.simulation import SimulatedPhase
 
 LABEL, CELL = 34, 14
 ITEM_NAMES = {
@@ -20,24 +19,25 @@ ITEM_NAMES = {
 }
 
 
-def describe_plan(name: str, plan: Plan) -> list[str]:
-    """What is planned, and each phase's trainable parameters, FLOPs, memory and communication.
-
-    Args:
-        name: of the model.
-    """
+def describe_setup(name: str, plan: Plan) -> list[str]:
+    """What is planned: the model of this name, its ranks and where it is trained."""
     setup, ranks = plan.setup, list(plan.ranks.values())
     rank = (
         f"rank {ranks[0]}" if len(set(ranks)) == 1 else f"ranks {min(ranks)} to {max(ranks)}, mean {_mean(ranks):.1f}"
     )
-    head = [
+    return [
         f"{name}: {plan.parameters / 1e6:.2f} M parameters, {len(ranks)} targets, {rank}",
         f"{setup.cluster.gpus} × {setup.gpu}, {setup.strategy}, {setup.precision}, {setup.optimizer}: "
         f"{setup.batch} images × {setup.accumulate} accumulated × {setup.cluster.gpus} = {plan.global_batch} a step",
         "",
-        _row("counted, nothing was run", [phase.upper() for phase in PHASES]),
     ]
+
+
+def describe_phases(plan: Plan) -> list[str]:
+    """Each phase's trainable parameters, FLOPs, memory and communication."""
+    setup = plan.setup
     rows = [
+        row("counted, nothing was run", [phase.upper() for phase in PHASES]),
         _phase_row(plan, "trainable, M", lambda phase: f"{phase.trainable / 1e6:.2f}"),
         _phase_row(plan, "  share of the base", lambda phase: f"{100 * phase.trainable / plan.parameters:.2f} %"),
         _phase_row(plan, "GFLOP an image", lambda phase: f"{phase.flops / GIGA:.1f}"),
@@ -46,15 +46,18 @@ def describe_plan(name: str, plan: Plan) -> list[str]:
         *(_item_row(plan, item) for item in ITEMS if any(plan.phases[name].memory[item] for name in PHASES)),
         _phase_row(plan, "  total", lambda phase: f"{sum(phase.memory.values()) / GIGA:.2f}"),
         _phase_row(plan, f"images that fit {GPUS[setup.gpu].memory / GIGA:.0f} GB*", lambda p: str(p.largest_batch)),
-        "",
-        "network, a GPU's step",
-        _phase_row(plan, "  gradients reduced, GB", lambda phase: f"{phase.reduced / GIGA:.3f}"),
-        _phase_row(plan, "  in reductions", lambda phase: str(len(phase.buckets))),
     ]
+    if setup.cluster.gpus > 1:
+        rows += [
+            "",
+            "network, a GPU's step",
+            _phase_row(plan, "  gradients reduced, GB", lambda phase: f"{phase.reduced / GIGA:.3f}"),
+            _phase_row(plan, "  in reductions", lambda phase: str(len(phase.buckets))),
+        ]
     if any(plan.phases[name].gathered for name in PHASES):
         rows.append(_phase_row(plan, "  weights gathered, GB", lambda phase: f"{phase.gathered / GIGA:.3f}"))
     reserve = f"* {setup.reserve / GIGA:g} GB left for what is no tensor's: context, NCCL, workspaces, fragmentation"
-    return [*head, *rows, reserve]
+    return [*rows, reserve]
 
 
 def describe_times(plan: Plan, schedule: Schedule, run: RunTime) -> list[str]:
@@ -62,10 +65,15 @@ def describe_times(plan: Plan, schedule: Schedule, run: RunTime) -> list[str]:
     setup, cluster, gpu = plan.setup, plan.setup.cluster, GPUS[plan.setup.gpu]
     full, lora = plan.phases["full"], plan.phases["lora"]
     epochs = schedule.in_phase
-    gradients = full.reduced / lora.reduced if lora.reduced else 1.0
+    sent = []
+    if lora.reduced:
+        sent = [
+            f"gradients on the network: FULL sends {full.reduced / lora.reduced:.1f}× what LORA sends, "
+            f"the most that a step made of nothing but communication can gain"
+        ]
     return [
         "",
-        _row("predicted step, ms", [phase.upper() for phase in PHASES]),
+        row("predicted step, ms", [phase.upper() for phase in PHASES]),
         *(_phase_row(plan, f"  {part}", _milliseconds(part)) for part in ("forward", "backward", "update")),
         _phase_row(plan, "  network, not hidden", _milliseconds("exposed")),
         _phase_row(plan, "  (network alone)", _milliseconds("network")),
@@ -74,8 +82,7 @@ def describe_times(plan: Plan, schedule: Schedule, run: RunTime) -> list[str]:
         _phase_row(plan, "  speed-up over FULL", lambda p: f"{_total(full) / _total(p):.2f}×"),
         _phase_row(plan, "  its ceiling by FLOPs", lambda p: f"{full.flops / p.flops:.2f}×"),
         "",
-        f"gradients on the network: FULL sends {gradients:.1f}× what LORA sends, "
-        f"the most that a step made of nothing but communication can gain",
+        *sent,
         f"run: {epochs['full']} + {epochs['warmup']} + {epochs['lora']} epochs of {run.steps_per_epoch} steps: "
         f"{run.seconds / 3600:.1f} h, all FULL {run.baseline / 3600:.1f} h: {run.speedup:.2f}× "
         f"(ceiling by FLOPs {run.ceiling:.2f}×)",
@@ -86,35 +93,6 @@ def describe_times(plan: Plan, schedule: Schedule, run: RunTime) -> list[str]:
         "  reductions run beside backward, each once its share of backward is done; no waiting for data",
         f"peaks: {gpu.source}",
     ]
-
-
-def describe_simulation(plan: Plan, simulated: Mapping[str, SimulatedPhase]) -> list[str]:
-    """Closed form and simulation side by side: GB, and by how much the simulation differs."""
-    lines = ["", f"closed form | simulated on fake tensors, rank 0 of {plan.setup.cluster.gpus} | difference"]
-    lines.append(_row("", [phase.upper() for phase in PHASES], 30))
-    pairs: dict[str, Callable[[PhasePlan, SimulatedPhase], tuple[float, float]]] = {
-        "parameters, GB": lambda p, s: (_gb(p, "weights", "lora"), s.parameters / GIGA),
-        "optimizer, GB": lambda p, s: (_gb(p, "optimizer"), s.optimizer / GIGA),
-        "gradients and buckets, GB": lambda p, s: (_gb(p, "gradients", "buckets"), s.gradients / GIGA),
-        "kept for backward, GB": lambda p, s: (_gb(p, "w_eff", "activations"), s.forward / GIGA),
-        "backward's workspace, GB": lambda p, s: (_gb(p, "workspace"), s.workspace / GIGA),
-        "all-reduced, GB": lambda p, s: (p.reduced / GIGA, sum(s.buckets) / GIGA),
-        "buckets": lambda p, s: (len(p.buckets), len(s.buckets)),
-    }
-    for label, both in pairs.items():
-        cells = [_compared(*both(plan.phases[name], simulated[name])) for name in PHASES]
-        lines.append(_row(label, cells, 30))
-    return lines
-
-
-def _compared(closed: float, simulated: float) -> str:
-    difference = f"{100 * (simulated / closed - 1):+.1f} %" if closed else "-"
-    digits = 0 if isinstance(closed, int) else 3
-    return f"{closed:.{digits}f} | {simulated:.{digits}f} | {difference}"
-
-
-def _gb(phase: PhasePlan, *items: str) -> float:
-    return sum(phase.memory[item] for item in items) / GIGA
 
 
 def _item_row(plan: Plan, item: str) -> str:
@@ -131,10 +109,11 @@ def _total(phase: PhasePlan) -> float:
 
 
 def _phase_row(plan: Plan, label: str, cell: Callable[[PhasePlan], str]) -> str:
-    return _row(label, [cell(plan.phases[name]) for name in PHASES])
+    return row(label, [cell(plan.phases[name]) for name in PHASES])
 
 
-def _row(label: str, cells: Sequence[str], width: int = CELL) -> str:
+def row(label: str, cells: Sequence[str], width: int = CELL) -> str:
+    """A line of a table: its label, then its cells to the right of their columns."""
     return f"{label:<{LABEL}}" + "".join(f"{cell:>{width}}" for cell in cells)
 
 

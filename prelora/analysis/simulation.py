@@ -26,9 +26,6 @@ from prelora.config import PreLoRAConfig
 from prelora.nn.deferred_grads import defer_lora_grads, lora_grads_from_weights
 from prelora.targets import Target
 
-STEPS = 2
-"""The first builds the optimizer's state and tells DDP the order of the gradients; the second is counted."""
-
 
 @dataclass(frozen=True)
 class SimulatedPhase:
@@ -44,8 +41,14 @@ class SimulatedPhase:
     """By how much backward goes beyond what forward left."""
     peak: int
     """The most that was held at one time until the optimizer's step."""
+    per_image: int
+    """By how much the peak grows with an image more in the batch."""
     buckets: tuple[int, ...]
     """Bytes of each all-reduce, in order."""
+
+    def largest_batch(self, batch: int, memory: float) -> int:
+        """Images that fit into ``memory`` bytes, from the peak with ``batch`` of them; 0 where not one does."""
+        return max(0, batch + int((memory - self.peak) // self.per_image))
 
 
 def simulate(
@@ -96,8 +99,18 @@ def simulate(
 
 
 @dataclass(frozen=True)
+class _Held:
+    """Bytes held before forward, after it, at the peak, and after backward."""
+
+    before: int
+    forward: int
+    peak: int
+    after: int
+
+
+@dataclass(frozen=True)
 class _Run:
-    """Takes the steps of a phase and measures the last."""
+    """Takes two steps of a phase and measures the second."""
 
     image: Sequence[int]
     batch: int
@@ -106,29 +119,35 @@ class _Run:
     sent: list[int]
 
     def __call__(self, model: nn.Module, optimizer: Optimizer) -> SimulatedPhase:
-        for step in range(STEPS):
-            self.sent.clear()
-            between, states = self.live.now, sum(optim.state_bytes(optimizer).values())
-            self.live.restart_peak()
-            loss = step_loss(model, fake_batch(self.batch, self.image), self.precision)
-            forward = self.live.now
-            loss.backward()
-            del loss
-            lora_grads_from_weights(distributed.unwrap(model))
-            peak, after = self.live.peak, self.live.now
-            if step == 0:
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        # The first step builds the optimizer's state and tells DDP in which order gradients come.
+        larger = self._backward(model, 2 * self.batch)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.sent.clear()
+        usual = self._backward(model, self.batch)
+        optimizer.zero_grad(set_to_none=True)
         parameters = sum(parameter.nbytes for parameter in model.parameters())
+        states = sum(optim.state_bytes(optimizer).values())
         return SimulatedPhase(
             parameters=parameters,
             optimizer=states,
-            gradients=after - parameters - states,
-            forward=forward - between,
-            workspace=peak - forward,
-            peak=peak,
+            gradients=usual.after - parameters - states,
+            forward=usual.forward - usual.before,
+            workspace=usual.peak - usual.forward,
+            peak=usual.peak,
+            per_image=(larger.peak - larger.before - usual.peak + usual.before) // self.batch,
             buckets=tuple(self.sent),
         )
+
+    def _backward(self, model: nn.Module, images: int) -> _Held:
+        before = self.live.now
+        self.live.restart_peak()
+        loss = step_loss(model, fake_batch(images, self.image), self.precision)
+        forward = self.live.now
+        loss.backward()
+        del loss
+        lora_grads_from_weights(distributed.unwrap(model))
+        return _Held(before, forward, self.live.peak, self.live.now)
 
 
 @contextlib.contextmanager

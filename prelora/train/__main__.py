@@ -34,12 +34,12 @@ from prelora.train.display import plain_warnings
 from prelora.train.failure import FailureWatch
 from prelora.train.loop import NonFiniteLossError, Trainer
 from prelora.train.process_group import start
-from prelora.train.recipes import RECIPES
+from prelora.train.recipes import RECIPES, planned_gpus
 from prelora.train.stop import Stopper, StopRequested
 
 
-def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
-    """The config that the command line asks for, and whether it is only to be planned.
+def parse(arguments: Sequence[str]) -> tuple[TrainConfig, int | None]:
+    """The config that the command line asks for, and for how many GPUs it is only to be planned; None: to be trained.
 
     Raises:
         ValueError, TypeError: an unknown recipe, or values out of range.
@@ -49,9 +49,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     first.add_argument("--recipe", metavar="NAME")
     first.add_argument("--config", metavar="FILE", type=Path)
     first.add_argument("--dry-run", action="store_true")
+    first.add_argument("--gpus", metavar="N", type=int)
     chosen, rest = first.parse_known_args(arguments)
     if chosen.recipe is not None and chosen.config is not None:
         raise ValueError("--recipe and --config: give one of them")
+    if chosen.gpus is not None and not chosen.dry_run:
+        raise ValueError(f"--gpus {chosen.gpus}: only with --dry-run; torchrun starts what a run trains on")
     if chosen.config is not None:
         default = load_yaml(chosen.config)
     else:
@@ -62,21 +65,23 @@ def parse(arguments: Sequence[str]) -> tuple[TrainConfig, bool]:
     listed = "\n".join(f"  {name}: {(recipe.__doc__ or '').splitlines()[0]}" for name, recipe in RECIPES.items())
     description = (
         f"Train a model through FULL, WARMUP and LORA.\n\n--recipe NAME starts from one of\n{listed}\n"
-        f"--config FILE from a YAML file, as a run saves it; --dry-run prints the plan and trains nothing.\n"
+        f"--config FILE from a YAML file, as a run saves it; --dry-run prints the plan and trains nothing\n"
+        f"(--gpus N: for as many; else for those that the recipe is meant for).\n"
         f"Everything below overrides what that gives.\n\n{EXIT_CODES}"
     )
     config = tyro.cli(TrainConfig, default=default, args=rest, prog="prelora train", description=description)
-    return dataclasses.replace(config, recipe=default.recipe), chosen.dry_run
+    config = dataclasses.replace(config, recipe=default.recipe)
+    return config, planned_gpus(config, chosen.gpus) if chosen.dry_run else None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        config, dry_run = parse(sys.argv[1:] if arguments is None else arguments)
-        if dry_run:
+        config, gpus = parse(sys.argv[1:] if arguments is None else arguments)
+        if gpus is not None:
             from prelora.train.dry_run import describe
 
-            print(describe(config), flush=True)
+            print(describe(config, gpus), flush=True)
             return 0
     except BrokenPipeError:  # `| head` has seen enough of the help or the plan
         return 0

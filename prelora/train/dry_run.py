@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
-import os
+from collections.abc import Sequence
 
 import torch
+from torch import nn
 
 from prelora import surgery
+from prelora.analysis.hardware import GPUS, Cluster
+from prelora.analysis.plan_table import describe_phases
+from prelora.analysis.planner import Setup, make_plan
 from prelora.controller import parameter_counts
-from prelora.targets import by_group, by_module, target_linear
+from prelora.targets import Target, by_group
 from prelora.train.build import build_config_source, config_execution, config_flops, config_targets
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 
 IMAGENET_1K = (1_281_167, 1000, 3)  # training images, classes, channels
+GPU, PER_NODE, NODE_LINK = "A100-40GB", 4, 50e9
+"""The paper's, against whose memory batches are held; ``prelora plan`` takes others."""
 
 
-def describe(config: TrainConfig) -> str:
-    """The plan as text: model, targets, phases, steps, and per uniform rank what trains, weighs and costs.
+def describe(config: TrainConfig, gpus: int) -> str:
+    """The plan as text: model, targets, phases, steps, what trains by rank, memory and communication of a GPU.
+
+    Args:
+        gpus: ranks that are to train together.
 
     Raises:
         ValueError, TargetError: the config's parts do not fit each other.
@@ -27,9 +36,7 @@ def describe(config: TrainConfig) -> str:
     with torch.device("meta"):
         model = build_model(config.model, classes=classes, channels=channels)
     targets = config_targets(config, model)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    batch = config.data.batch_size * config.optim.accumulate * world_size
-    pre = config.prelora
+    batch = config.data.batch_size * config.optim.accumulate * gpus
     groups = ", ".join(f"{group} × {len(members)}" for group, members in by_group(targets).items())
     lines = [
         f"recipe        {config.recipe}",
@@ -37,40 +44,64 @@ def describe(config: TrainConfig) -> str:
         f"targets       {groups}",
         f"data          {where}: {samples:,} training images, {classes} classes",
         f"batch         {batch} = {config.data.batch_size} images × {config.optim.accumulate} accumulated "
-        f"× {world_size} rank(s)",
+        f"× {gpus} rank(s)",
         f"steps         {samples // batch:,} an epoch × {config.epochs} epochs, "
         f"LR warm-up {config.optim.warmup_epochs} epochs, cosine to {config.optim.min_lr:g}",
         f"precision     {config.precision}",
         *_phases(config),
         "",
-        "uniform   trainable            weights, W_eff, gradients, Adam moments    GFLOP an image, and the most",
-        "rank      M (of the base)      GiB in FULL → LORA                         that LORA can gain on FULL",
+        *_by_rank(config, model, targets, channels),
+        "",
+        *_of_one_gpu(config, model, targets, channels, gpus),
     ]
-    flops = config_flops(config, model, targets, channels)
+    return "\n".join(lines)
+
+
+def _by_rank(config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int) -> list[str]:
+    """What trains and what is computed in LORA, at the smallest rank, a middle one and the largest."""
+    pre = config.prelora
+    lines = [
+        "uniform   trains in LORA       gradients     GFLOP an image,           the most that",
+        "rank      M (of the base)      MB a step     FULL → LORA               LORA can gain",
+    ]
+    flops, execution = config_flops(config, model, targets, channels), config_execution(config)
     total = parameter_counts(model)[1]
-    execution = config_execution(config)
-    first_of_each = [slices[0] for slices in by_module(targets).values()]
-    element = 4 if config.precision == "fp32" else 2
-    w_eff = (
-        element * sum(target_linear(model, target).weight.numel() for target in first_of_each)
-        if execution == "merged"
-        else 0
-    )
-    ranks = sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max})
-    for rank in ranks:
-        adapted = copy.deepcopy(model)
-        surgery.inject(adapted, targets, {target.name: rank for target in targets})
+    for rank in sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max}):
+        adapted, ranks = copy.deepcopy(model), {target.name: rank for target in targets}
+        surgery.inject(adapted, targets, ranks)
         surgery.freeze(adapted, targets, pre.freeze, train_lora_a=pre.train_lora_a)
         trainable = parameter_counts(adapted)[0]
-        held = sum(parameter.numel() for parameter in adapted.parameters())
-        phases = flops.phases({target.name: rank for target in targets}, execution, pre.train_lora_a)
+        phases = flops.phases(ranks, execution, pre.train_lora_a)
         lines.append(
-            f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     "
-            f"{_gib(4 * total * 4):6.2f} → {_gib(4 * (held + 3 * trainable) + w_eff):5.2f}"
-            f"{'':<27}{phases.full / 1e9:7.2f} → {phases.lora / 1e9:6.2f}   {phases.ceiling:.2f}×"
+            f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     {4 * trainable / 1e6:9.2f}     "
+            f"{phases.full / 1e9:7.2f} → {phases.lora / 1e9:6.2f}          {phases.ceiling:.2f}×"
         )
-    lines += ["", "FLOPs and memory are counted, not measured; activations are not in them (LoRA does not free them)."]
-    return "\n".join(lines)
+    return lines
+
+
+def _of_one_gpu(
+    config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int, gpus: int
+) -> list[str]:
+    """Memory and communication, at the largest rank everywhere, which no plan of Algorithm 2 goes beyond."""
+    setup = Setup(
+        batch=config.data.batch_size,
+        accumulate=config.optim.accumulate,
+        precision=config.precision,
+        optimizer=config.optim.name,
+        ema=config.ema_decay is not None,
+        strategy=config.distributed.strategy,
+        compressed=config.distributed.compress == "bf16",
+        gpu=GPU,
+        cluster=Cluster(gpus=gpus, per_node=PER_NODE, intra=GPUS[GPU].link, inter=NODE_LINK),
+    )
+    ranks = {target.name: config.prelora.r_max for target in targets}
+    image = (channels, config.model.image_size, config.model.image_size)
+    plan = make_plan(model, targets, ranks, config.prelora, setup, image=image, timed=False)
+    return [
+        f"one of {gpus} GPUs, held against {GPU}, at rank {config.prelora.r_max} everywhere:",
+        *describe_phases(plan),
+        "prelora plan predicts times too, for other GPUs and networks",
+    ]
 
 
 def _phases(config: TrainConfig) -> list[str]:
@@ -99,7 +130,3 @@ def _data_facts(config: TrainConfig) -> tuple[int, int, int, str]:
         return *IMAGENET_1K, f"{config.data.path} is not here, ImageNet-1k assumed"
     source = build_config_source(config, torch.device("cpu"))
     return source.train_samples, source.classes, source.channels, config.data.name
-
-
-def _gib(size: int) -> float:
-    return size / 2**30
