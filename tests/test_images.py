@@ -16,7 +16,6 @@ from prelora.data import build_source
 from prelora.data.sampler import epoch_order, eval_batches, train_batches
 
 dali = pytest.importorskip("prelora.data.dali", reason="DALI is not installed", exc_type=ImportError)
-from prelora.data.dali_loader import _Feed  # noqa: E402 (which needs DALI)
 
 LOADERS = ("dali", "plain")
 SPLITS = {"1 × 20": (1, 20), "2 × 10": (2, 10), "4 × 5": (4, 5)}
@@ -190,17 +189,21 @@ def test_images_that_are_alike_are_each_augmented_in_their_own_way(loader, folde
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_the_ranks_see_each_training_sample_once_an_epoch(loader, folders):
-    """In evaluation's views, which are all different, one can tell which sample an image is."""
-    source = images_of(folders, loader)
-    whole = joined(source.evaluate([np.arange(EVAL)]))[0]
+@pytest.mark.parametrize("train", [True, False], ids=["train", "evaluate"])
+def test_over_the_ranks_an_epoch_has_each_sample_once(train, loader, sources):
+    source, samples = sources[loader], TRAIN if train else EVAL
+    # All are different: one can tell which sample an image is.
+    whole = joined(source.train([np.arange(TRAIN)], 1) if train else source.evaluate([np.arange(EVAL)]))[0]
 
-    ranks = [
-        joined(source.evaluate(list(eval_batches(EVAL, batch_size=3, rank=rank, world_size=3))))[0] for rank in range(3)
+    made = [
+        of_rank(source, rank, 4, 5)
+        if train
+        else source.evaluate(list(eval_batches(EVAL, batch_size=2, rank=rank, world_size=4)))
+        for rank in range(4)
     ]
 
-    seen = [[torch.equal(image, other) for other in whole].index(True) for images in ranks for image in images]
-    assert sorted(seen) == list(range(EVAL))
+    seen = [[torch.equal(image, other) for other in whole].index(True) for part in made for image in joined(part)[0]]
+    assert sorted(seen) == list(range(samples))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4, 2), (10,), (1,) * 10, (2, 8)])
@@ -375,8 +378,8 @@ def test_dali_on_a_gpu_that_is_not_there_is_refused_with_dalis_reason(folders):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("rand_augment", [None, (2, 15)])
 def test_the_pipeline_for_a_gpu_lacks_nothing_but_the_gpu(rand_augment):
-    """DALI refuses an operator that a device does not have, or operands on the wrong one, where it is called."""
-    pipeline = dali._images(_Feed(), 224, rand_augment, torch.device("cuda", 0), batch_size=4, num_threads=1)
+    """DALI refuses an argument on the wrong device where an operator is called, the rest where it builds."""
+    pipeline = dali._images(lambda: (), 224, rand_augment, torch.device("cuda", 0), batch_size=4, num_threads=1)
 
     with pytest.raises(RuntimeError, match="requires a CUDA-capable GPU"):
         pipeline.build()

@@ -1,5 +1,6 @@
 """Files that cannot be used: replaced in training, left out in evaluation, named, counted, and only so many."""
 
+import io
 import re
 import shutil
 
@@ -27,12 +28,19 @@ def flip_in_the_pixels(data):
     return data[:at] + bytes([data[at] ^ 8]) + data[at + 1 :]
 
 
+def grey_of_16_bits():
+    file = io.BytesIO()
+    Image.fromarray(np.arange(900, dtype=np.uint16).reshape(30, 30)).save(file, "PNG")
+    return file.getvalue()
+
+
 DAMAGE = {
     "empty": (PNG, lambda data: b"", "it is empty"),
     "no image": (PNG, lambda data: b"<html>not found</html>" * 9, "no JPEG, PNG, WEBP, BMP, TIFF or PPM header"),
     "cut png": (PNG, lambda data: data[: len(data) // 2], "cannot"),
     "cut jpeg": (JPEG, lambda data: data[: len(data) // 2], "the JPEG is cut: its end marker is missing"),
     "flipped bit": (PNG, flip_in_the_pixels, "cannot"),
+    "16 bits": (PNG, lambda data: grey_of_16_bits(), "pixels of mode I;16, accepted are"),
     "missing": (PNG, None, "No such file or directory"),
 }
 """Which sample, what becomes of its bytes (None: it goes away), and what is said of it."""

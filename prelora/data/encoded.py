@@ -10,6 +10,8 @@ from prelora.data.storage import UnusableError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM")
 """What both loaders decode."""
+MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
+"""Pillow's names for pixels of at most 8 bits a channel: decoders differ in what they make of more."""
 SOS, EOI = b"\xff\xda", b"\xff\xd9"
 
 
@@ -17,9 +19,11 @@ def image_size(data: bytes) -> tuple[int, int]:
     """Height and width in pixels, as stored: no EXIF orientation is applied.
 
     Raises:
-        UnusableError: no header of an image, or a JPEG without its end.
+        UnusableError: no header of an image, more than 8 bits a channel, or a JPEG without its end.
     """
     image = open_image(data)
+    if image.mode not in MODES:
+        raise UnusableError(f"pixels of mode {image.mode}, accepted are {', '.join(MODES)}")
     # A decoder that is asked for a window only would not notice, and the verdict would hang on the window. The two
     # markers occur in no coded pixels; a thumbnail's stand before the image's own scan.
     if image.format == "JPEG" and data.rfind(EOI) < data.rfind(SOS):

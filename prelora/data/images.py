@@ -15,10 +15,8 @@ from prelora.data.augment import EvalViews, TrainViews, Views
 from prelora.data.quarantine import Quarantine
 from prelora.data.randaugment import MAX_MAGNITUDE
 from prelora.data.samples import Samples
-from prelora.data.source import Batches
+from prelora.data.source import Batches, LoaderName
 from prelora.data.storage import open_splits
-
-LoaderName = Literal["auto", "dali", "plain"]
 
 
 class Loader(Protocol):

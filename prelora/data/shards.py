@@ -79,7 +79,7 @@ def _kept_index(kept: Path, archives: list[Path], walk: Walk) -> Index:
     facts = [(path, path.stat()) for path in archives]
     state = np.array([f"{path.name} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts])
     # An index that cannot be read is as good as none.
-    with contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
+    with contextlib.suppress(OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
         index = Index(**arrays)
         if np.array_equal(index.archives, state):
             return index

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from prelora.data.images import LoaderName
-
 Batches = Iterator[tuple[Tensor, Tensor]]
 SourceName = Literal["digits", "images", "synthetic"]
+LoaderName = Literal["auto", "dali", "plain"]
 
 
 class Source(Protocol):

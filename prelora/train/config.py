@@ -16,7 +16,7 @@ import dacite
 import yaml
 
 from prelora.config import PreLoRAConfig
-from prelora.data.source import SourceName
+from prelora.data.source import LoaderName, SourceName
 from prelora.files import replace_text
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -51,7 +51,7 @@ class DataConfig:
     """Images per rank and micro-batch."""
     workers: int = 0
     """For images: DALI's threads, or the plain loader's processes, per rank."""
-    loader: Literal["auto", "dali", "plain"] = "auto"
+    loader: LoaderName = "auto"
     """For images: auto takes DALI where it runs; an explicit choice that cannot serve is an error."""
     max_quarantined: int = 32
     """For images: files per rank that may turn out unusable before the run ends."""
