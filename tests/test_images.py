@@ -253,6 +253,15 @@ def test_the_loaders_agree_but_for_the_rounding_of_the_resize(sources):
 
 
 @needs_clipart
+def test_clip_art_makes_the_same_pictures_each_time(tmp_path):
+    trees = [make_clipart(tmp_path / name, train=3, val=2) for name in ("one", "other")]
+
+    files = [{file.relative_to(tree): file.read_bytes() for file in tree.rglob("*.jpg")} for tree in trees]
+    assert files[0] == files[1]
+    assert len(set(files[0].values())) == 4 * 5
+
+
+@needs_clipart
 def test_the_loaders_agree_on_jpegs_of_pictures_without_and_nearly_with_rand_augment(tmp_path):
     root = make_clipart(tmp_path, classes=("animals", "food"), train=8, val=1)
     order = [np.arange(16)]

@@ -6,6 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from image_trees import example, labelled, make_folders, make_tars, make_tfrecords, record
 
 from prelora.data.storage import SPLITS, UnusableError, open_splits, open_storage
@@ -232,6 +233,61 @@ def test_a_sound_record_of_another_layout_is_refused(tmp_path):
 
     with pytest.raises(DataError, match="record 0 is not of ImageNet's layout: no feature image/class/label"):
         open_storage(tmp_path, "train")
+
+
+def test_an_example_is_read_as_protobuf_writes_it():
+    message = example_class()()
+    for key, kind, value in (
+        ("image/colorspace", "bytes_list", b"RGB"),
+        ("image/object/bbox/xmin", "float_list", 0.25),
+        ("image/encoded", "bytes_list", b"the image"),
+        ("image/class/label", "int64_list", 1000),
+    ):
+        feature = message.features.feature.add(key=key)
+        getattr(feature.value, kind).value.append(value)
+
+    data = message.SerializeToString()
+
+    assert payload(record(data)) == b"the image"
+
+
+def test_a_label_is_read_as_protobuf_writes_it(tmp_path):
+    message = example_class()()
+    for label in (7, 3):
+        message.features.ClearField("feature")
+        message.features.feature.add(key="image/class/label").value.int64_list.value.append(label)
+        with open(tmp_path / "train-00000-of-00001", "ab") as file:
+            file.write(record(message.SerializeToString()))
+
+    storage = open_storage(tmp_path, "train")
+
+    assert (storage.classes, storage.labels.tolist()) == (("3", "7"), [1, 0])
+
+
+def example_class():
+    """tf.train.Example, declared to protobuf; a map is a repeated message of key and value."""
+    file = descriptor_pb2.FileDescriptorProto(name="example.proto", package="test", syntax="proto3")
+    kinds = descriptor_pb2.FieldDescriptorProto
+    for name, fields in {
+        "BytesList": [("value", kinds.TYPE_BYTES, None, True)],
+        "FloatList": [("value", kinds.TYPE_FLOAT, None, True)],
+        "Int64List": [("value", kinds.TYPE_INT64, None, True)],
+        "Feature": [
+            ("bytes_list", kinds.TYPE_MESSAGE, "BytesList", False),
+            ("float_list", kinds.TYPE_MESSAGE, "FloatList", False),
+            ("int64_list", kinds.TYPE_MESSAGE, "Int64List", False),
+        ],
+        "Entry": [("key", kinds.TYPE_STRING, None, False), ("value", kinds.TYPE_MESSAGE, "Feature", False)],
+        "Features": [("feature", kinds.TYPE_MESSAGE, "Entry", True)],
+        "Example": [("features", kinds.TYPE_MESSAGE, "Features", False)],
+    }.items():
+        message = file.message_type.add(name=name)
+        for number, (field, kind, of, repeated) in enumerate(fields, 1):
+            label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
+            message.field.add(name=field, number=number, type=kind, label=label, type_name=of and f".test.{of}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("test.Example"))
 
 
 def test_checksums_are_those_that_tensorflow_writes():

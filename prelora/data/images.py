@@ -137,6 +137,6 @@ def _loader(
 def _dali_refusal(device: torch.device) -> str | None:
     try:
         from prelora.data import dali
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # OSError: a library that it is linked to is not there
         return f"DALI cannot be imported ({error}); pip install 'prelora[dali-cu13]' or 'prelora[dali-cu12]'"
     return dali.refusal(device)
