@@ -1,11 +1,14 @@
-"""Small labelled images as class folders, as WebDataset's tars and as TFRecords, all with the same bytes."""
+"""Small labelled images as class folders, WebDataset's tars and TFRecords with the same bytes, and their batches."""
 
 import io
 import tarfile
 
 import numpy as np
+import torch
 from PIL import Image
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from prelora.data import build_source
 
 
 def make_folders(root, classes=("cat", "dog"), train=6, val=3, kinds=("RGB", "P", "RGBA", "L")):
@@ -86,3 +89,19 @@ def varint(value):
         out.append(value & 0x7F | 0x80)
         value >>= 7
     return bytes(out) + bytes([value])
+
+
+def images_of(path, loader="auto", image_size=16, seed=0, **options):
+    """The source of the images at ``path``."""
+    return build_source("images", path=path, image_size=image_size, seed=seed, loader=loader, **options)
+
+
+def split_in(order, size):
+    """Indices as batches."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def joined(batches):
+    """All images and labels."""
+    images, labels = zip(*batches, strict=True)
+    return torch.cat(images), torch.cat(labels)

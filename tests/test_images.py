@@ -2,17 +2,14 @@
 
 import random
 import shutil
-import sys
 
 import numpy as np
 import pytest
 import torch
 from clipart import make_clipart, needs_clipart
-from image_trees import make_folders, make_tars, make_tfrecords
+from image_trees import images_of, joined, make_folders, make_tars, make_tfrecords, split_in
 from PIL import Image
 
-import prelora.data
-from prelora.data import build_source
 from prelora.data.sampler import epoch_order, eval_batches, train_batches
 
 dali = pytest.importorskip("prelora.data.dali", reason="DALI is not installed", exc_type=ImportError)
@@ -39,29 +36,6 @@ def sources(folders):
 def augmented(folders):
     """The same with RandAugment."""
     return {loader: images_of(folders, loader, rand_augment=(2, 15)) for loader in LOADERS}
-
-
-def images_of(path, loader="auto", seed=0, rand_augment=None, workers=0, image_size=16, **options):
-    return build_source(
-        "images",
-        path=path,
-        image_size=image_size,
-        seed=seed,
-        workers=workers,
-        rand_augment=rand_augment,
-        loader=loader,
-        **options,
-    )
-
-
-def batches(order, size):
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
-def joined(made):
-    """All images and labels."""
-    images, labels = zip(*made, strict=True)
-    return torch.cat(images), torch.cat(labels)
 
 
 def of_rank(source, rank, ranks, batch_size, epoch=1, first=0):
@@ -115,7 +89,7 @@ def test_an_epoch_resumed_at_a_step_goes_on_with_the_same_pixels(
 def test_an_epoch_left_in_the_middle_does_not_show_in_the_next(loader, sources):
     whole = of_rank(sources[loader], 0, 1, 5, epoch=3)
 
-    left = iter(sources[loader].train(batches(epoch_order(TRAIN, 0, 2), 5), 2))
+    left = iter(sources[loader].train(split_in(epoch_order(TRAIN, 0, 2), 5), 2))
     next(left)
     left.close()
 
@@ -126,7 +100,7 @@ def test_an_epoch_left_in_the_middle_does_not_show_in_the_next(loader, sources):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_workers_change_no_pixel(loader, workers, folders, sources):
-    order = batches(epoch_order(TRAIN, 0, 1), 7)
+    order = split_in(epoch_order(TRAIN, 0, 1), 7)
 
     images, labels = joined(images_of(folders, loader, workers=workers).train(order, 1))
 
@@ -139,7 +113,7 @@ def test_workers_change_no_pixel(loader, workers, folders, sources):
 def test_how_far_ahead_dali_works_changes_no_pixel(depth, folders, sources, monkeypatch):
     for module in ("dali", "dali_loader"):
         monkeypatch.setattr(f"prelora.data.{module}.{depth}", 5, raising=False)
-    order = batches(epoch_order(TRAIN, 0, 1), 4)
+    order = split_in(epoch_order(TRAIN, 0, 1), 4)
 
     images, _ = joined(images_of(folders, "dali").train(order, 1))
 
@@ -149,7 +123,7 @@ def test_how_far_ahead_dali_works_changes_no_pixel(depth, folders, sources, monk
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("make", [make_tars, make_tfrecords])
 def test_pixels_are_the_same_from_every_layout(make, loader, folders, sources, tmp_path):
-    order = batches(np.arange(TRAIN), 9)
+    order = split_in(np.arange(TRAIN), 9)
 
     source = images_of(make(folders, tmp_path), loader)
 
@@ -325,83 +299,3 @@ def test_loading_moves_no_global_random_state(loader, workers, folders):
 
     assert torch.equal(torch.get_rng_state(), before[0])
     assert (np.random.get_state()[1].tolist(), random.getstate()) == before[1:]  # noqa: NPY002
-
-
-def test_memory_does_not_grow_over_50_epochs(folders):
-    source = images_of(folders, "dali", image_size=64)
-    order = batches(np.arange(TRAIN), 20)
-
-    resident = []
-    for epoch in range(50):
-        assert sum(len(images) for images, _ in source.train(order, epoch)) == TRAIN
-        resident.append(resident_mb())
-
-    # A batch is 1 MB: one kept in each epoch would be 30 MB more over these.
-    assert np.median(resident[40:]) - np.median(resident[10:20]) < 8
-
-
-def resident_mb():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * 4096 / 1e6
-
-
-# Which loader serves.
-
-
-def test_auto_takes_dali_and_says_so(folders):
-    assert images_of(folders).loader.startswith("dali: DALI 2")
-    assert images_of(folders).loader.endswith("on cpu")
-
-
-@pytest.mark.parametrize(
-    ("where", "reason"),
-    [
-        ("prelora.data.dali.refusal", "DALI does not run on cpu: no driver"),
-        ("prelora.data.images._dali_refusal", "DALI cannot be imported"),
-    ],
-)
-def test_auto_takes_the_plain_loader_where_dali_does_not_run_and_says_why(where, reason, folders, monkeypatch):
-    monkeypatch.setattr(where, lambda device: reason)
-
-    source = images_of(folders)
-
-    assert source.loader == f"plain: {reason}"
-    assert len(next(source.train([np.arange(3)], 0))[0]) == 3
-
-
-def test_a_loader_asked_for_is_never_replaced(folders, monkeypatch):
-    monkeypatch.delattr(prelora.data, "dali", raising=False)
-    monkeypatch.setitem(sys.modules, "prelora.data.dali", None)
-
-    with pytest.raises(ValueError, match=r"data.loader = 'dali' cannot serve: DALI cannot be imported \(.*dali-cu13"):
-        images_of(folders, "dali")
-    assert images_of(folders, "plain").loader == "plain: as asked for"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_dali_on_a_gpu_that_is_not_there_is_refused_with_dalis_reason(folders):
-    with pytest.raises(ValueError, match=r"cannot serve: DALI 2.* does not run on cuda:0: .+"):
-        images_of(folders, "dali", device=torch.device("cuda", 0))
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("rand_augment", [None, (2, 15)])
-def test_the_pipeline_for_a_gpu_lacks_nothing_but_the_gpu(rand_augment):
-    """DALI refuses an argument on the wrong device where an operator is called, the rest where it builds."""
-    pipeline = dali._images(lambda: (), 224, rand_augment, torch.device("cuda", 0), batch_size=4, num_threads=1)
-
-    with pytest.raises(RuntimeError, match="requires a CUDA-capable GPU"):
-        pipeline.build()
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        ({"loader": "fast"}, "data.loader = 'fast': accepted are auto, dali, plain"),
-        ({"rand_augment": (0, 15)}, r"rand_augment = \(0, 15\): accepted are 1 and more operations"),
-        ({"rand_augment": (2, 21)}, r"rand_augment = \(2, 21\): .* of a magnitude from 0 to 20"),
-    ],
-)
-def test_options_that_no_loader_takes_are_refused(options, complaint, folders):
-    with pytest.raises(ValueError, match=complaint):
-        images_of(folders, **options)

@@ -6,11 +6,10 @@ import shutil
 
 import numpy as np
 import pytest
-from image_trees import make_folders, make_tars, make_tfrecords
+from image_trees import images_of, make_folders, make_tars, make_tfrecords
 from PIL import Image
 
 from prelora.cli import main
-from prelora.data import build_source
 from prelora.data.manifest import NAME
 from prelora.errors import DataError
 from prelora.exits import EXIT_BAD_INPUT, EXIT_DATA
@@ -32,11 +31,6 @@ def check(root, *options):
 
 def lines(path, split):
     return json.loads(path.read_text())["splits"][split]
-
-
-def images_of(root, **options):
-    options = {"loader": "plain"} | options
-    return build_source("images", path=root, image_size=16, seed=0, **options)
 
 
 def flip(file, at):
@@ -112,25 +106,25 @@ def test_a_flipped_bit_that_still_decodes_is_found(loader, root):
     for file in (root / "train/cat/2.jpg", root / "val/cat/0.jpg"):
         flip(file, file.stat().st_size // 2)
 
-    found = met(images_of(root, loader=loader))
+    found = met(images_of(root, loader))
 
     assert found == dict.fromkeys(("train/cat/2.jpg", "val/cat/0.jpg"), "its SHA-256 is not the manifest's")
     (root / NAME).unlink()
-    assert met(images_of(root, loader=loader)) == {}  # without the manifest it would have gone unnoticed
+    assert met(images_of(root, loader)) == {}  # without the manifest it would have gone unnoticed
 
 
 def test_a_file_of_another_size_is_found(root):
     check(root)
     (root / "train/dog/0.png").write_bytes((root / "train/dog/1.png").read_bytes())
 
-    assert "bytes, the manifest says" in met(images_of(root))["train/dog/0.png"]
+    assert "bytes, the manifest says" in met(images_of(root, "plain"))["train/dog/0.png"]
 
 
 def test_a_file_listed_as_bad_is_set_aside_from_the_start(root):
     (root / "train/cat/1.jpg").write_bytes(b"")
     check(root)
 
-    assert dict(images_of(root).quarantined) == {"train/cat/1.jpg": "it is empty"}
+    assert dict(images_of(root, "plain").quarantined) == {"train/cat/1.jpg": "it is empty"}
 
 
 def test_more_bad_files_listed_than_accepted_end_the_run_at_its_start(root):
@@ -139,16 +133,16 @@ def test_more_bad_files_listed_than_accepted_end_the_run_at_its_start(root):
     check(root)
 
     with pytest.raises(DataError, match=r"That makes 3 such files, and data\.max_quarantined accepts 2"):
-        images_of(root, max_quarantined=2)
+        images_of(root, "plain", max_quarantined=2)
 
 
 def test_a_listed_file_that_is_gone_keeps_its_place_in_the_order(root):
     check(root)
-    whole = images_of(root)
+    whole = images_of(root, "plain")
     expected = next(whole.train([np.array([6, 7])], 0))
     (root / "train/cat/0.jpg").unlink()
 
-    source = images_of(root)
+    source = images_of(root, "plain")
 
     assert source.train_samples == 8
     images, labels = next(source.train([np.array([6, 7])], 0))
@@ -162,7 +156,7 @@ def test_a_manifest_of_other_files_is_refused(root):
     shutil.copy(root / "train/dog/0.png", root / "train/dog/9.png")
 
     with pytest.raises(ValueError, match=rf"{NAME} and the data differ in 1 files, of which train/dog/9.png is only h"):
-        images_of(root)
+        images_of(root, "plain")
 
 
 def test_an_archive_that_lost_members_since_is_refused(root, tmp_path):
@@ -171,7 +165,7 @@ def test_an_archive_that_lost_members_since_is_refused(root, tmp_path):
     (data / "train-0003.tar").unlink()
 
     with pytest.raises(ValueError, match=r"train-0003\.tar:dog/2\.png is only there"):
-        images_of(data)
+        images_of(data, "plain")
 
 
 @pytest.mark.parametrize(
@@ -181,4 +175,4 @@ def test_what_is_no_manifest_is_refused(text, root):
     (root / NAME).write_text(text)
 
     with pytest.raises(ValueError, match=rf"{NAME} is not a manifest of `prelora data check`: "):
-        images_of(root)
+        images_of(root, "plain")

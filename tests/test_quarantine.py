@@ -7,10 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from image_trees import make_folders, make_tfrecords
+from image_trees import images_of, joined, make_folders, make_tfrecords, split_in
 from PIL import Image
 
-from prelora.data import build_source
 from prelora.data.encoded import EOI
 from prelora.errors import DataError
 
@@ -62,11 +61,6 @@ def root(sound, tmp_path):
     return shutil.copytree(sound, tmp_path / "images")
 
 
-def images_of(path, loader, **options):
-    options = {"workers": 0, "rand_augment": None} | options
-    return build_source("images", path=path, image_size=16, seed=0, loader=loader, **options)
-
-
 def file_of(root, split, index):
     return sorted((root / split).rglob("*.*"))[index]
 
@@ -78,15 +72,6 @@ def damage(file, change):
         file.write_bytes(change(file.read_bytes()))
 
 
-def joined(made):
-    images, labels = zip(*made, strict=True)
-    return torch.cat(images), torch.cat(labels)
-
-
-def by(order, size):
-    return [order[start : start + size] for start in range(0, len(order), size)]
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("loader", LOADERS)
@@ -96,11 +81,11 @@ def test_in_training_the_next_file_stands_in_with_the_same_draws(loader, kind, w
     bad = file_of(root, "train", index)
     damage(bad, change)
 
-    images, labels = joined(source.train(by(np.arange(TRAIN), 4), 0))
+    images, labels = joined(source.train(split_in(np.arange(TRAIN), 4), 0))
 
     like = shutil.copytree(sound, tmp_path / "like")
     shutil.copy(file_of(like, "train", index + 1), file_of(like, "train", index))
-    expected = joined(images_of(like, loader).train(by(np.arange(TRAIN), 4), 0))
+    expected = joined(images_of(like, loader).train(split_in(np.arange(TRAIN), 4), 0))
     assert torch.equal(images, expected[0])
     assert torch.equal(labels, expected[1])
     name = bad.relative_to(root).as_posix()
@@ -116,7 +101,7 @@ def test_in_evaluation_it_is_left_out(loader, kind, root, sound):
     bad = file_of(root, "val", index)
     damage(bad, change)
 
-    made = list(source.evaluate(by(np.arange(EVAL), 3)))
+    made = list(source.evaluate(split_in(np.arange(EVAL), 3)))
 
     keep = np.delete(np.arange(EVAL), index)
     expected = joined(images_of(sound, loader).evaluate([keep]))
@@ -131,7 +116,7 @@ def test_a_batch_of_which_nothing_is_left_is_no_batch(loader, root):
     for index in (2, 3, 6, 7):
         damage(file_of(root, "val", index), flip_in_the_pixels if index in (2, 6) else lambda data: b"")
 
-    made = list(images_of(root, loader).evaluate(by(np.arange(EVAL), 2)))
+    made = list(images_of(root, loader).evaluate(split_in(np.arange(EVAL), 2)))
 
     assert [labels.tolist() for _, labels in made] == [[0, 0], [1, 1]]
 
@@ -146,10 +131,10 @@ def test_what_stands_in_hangs_neither_on_the_batch_nor_on_where_an_epoch_began(l
 
     source = images_of(root, loader)
     for size in (1, 5):
-        made = joined(source.train(by(order, size), 0))
+        made = joined(source.train(split_in(order, size), 0))
         assert torch.equal(made[0], whole)
         assert torch.equal(made[1], labels)
-    rest = joined(images_of(root, loader).train(by(order[9:], 3), 0))
+    rest = joined(images_of(root, loader).train(split_in(order[9:], 3), 0))
     assert torch.equal(rest[0], whole[9:])
     assert sorted(source.quarantined) == sorted(
         file_of(root, "train", index).relative_to(root).as_posix() for index in (1, 4, 5, 15)
@@ -191,7 +176,7 @@ def test_one_file_more_than_the_cap_ends_it_naming_file_count_and_cap(loader, ch
     source = images_of(root, loader, workers=workers, max_quarantined=2)
 
     with pytest.raises(DataError) as error:
-        list(source.train(by(np.arange(TRAIN), 4), 0))
+        list(source.train(split_in(np.arange(TRAIN), 4), 0))
 
     assert re.match(r"train/cat/[026]\.png of .*images cannot be used: .*That makes 3 such files", str(error.value))
     assert "data.max_quarantined accepts 2" in str(error.value)
@@ -223,7 +208,7 @@ def test_dali_is_not_built_anew_forever(root, monkeypatch):
     for index in (0, 12):
         damage(file_of(root, "train", index), flip_in_the_pixels)
     source = images_of(root, "dali")
-    batches = source.train(by(np.arange(TRAIN), 1), 0)
+    batches = source.train(split_in(np.arange(TRAIN), 1), 0)
 
     made = [next(batches) for _ in range(8)]
     with pytest.raises(DataError, match=r"train/dog/4\.png cannot be decoded: .* 2 times, accepted are 1"):
@@ -239,7 +224,7 @@ def test_a_source_goes_on_after_an_epoch_that_failed(loader, root):
     whole, data = joined(source.train([np.arange(TRAIN)], 0))[0], bad.read_bytes()
     damage(bad, flip_in_the_pixels)
     with pytest.raises(DataError):
-        list(source.train(by(np.arange(TRAIN), 2), 0))
+        list(source.train(split_in(np.arange(TRAIN), 2), 0))
     bad.write_bytes(data)
 
     good = np.delete(np.arange(TRAIN), PNG)

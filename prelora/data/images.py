@@ -65,25 +65,14 @@ class Images:
                 f"{MAX_MAGNITUDE:g}"
             )
         kind, self.loader = choose_loader(loader, device)
-        known = manifest.read(path / manifest.NAME)
-        listed = frozenset(name for split in (known or {}).values() for name in split)
-        splits = open_splits(path, listed)
         quarantine = Quarantine(str(path), max_quarantined)
-        samples = {}
-        for split, storage in splits.items():
-            facts = None
-            if known is not None:
-                facts = manifest.facts_of(storage, known.get(split, {}), path / manifest.NAME)
-            samples[split] = Samples(storage, quarantine, facts)
-        self.classes = len(splits["train"].classes)
-        self.train_samples, self.eval_samples = len(splits["train"]), len(splits["val"])
+        train, val = _open_samples(path, quarantine)
+        self.classes = len(train.storage.classes)
+        self.train_samples, self.eval_samples = len(train.storage), len(val.storage)
         self.quarantined = quarantine.reasons
         self._image_size, self._seed, self._rand_augment = image_size, seed, rand_augment
         build = functools.partial(_loader, kind, image_size=image_size, workers=workers, device=device)
-        self._train, self._eval = (
-            build(samples["train"], rand_augment=rand_augment),
-            build(samples["val"], rand_augment=None),
-        )
+        self._train, self._eval = build(train, rand_augment=rand_augment), build(val, rand_augment=None)
 
     def train(self, indices: Sequence[np.ndarray], epoch: int) -> Batches:
         """Augmented images: see ``Source.train``."""
@@ -113,6 +102,18 @@ def choose_loader(loader: LoaderName, device: torch.device) -> tuple[Literal["da
     if loader == "dali":
         raise ValueError(f"data.loader = 'dali' cannot serve: {refusal}; accepted here are auto and plain")
     return "plain", f"plain: {refusal}"
+
+
+def _open_samples(path: Path, quarantine: Quarantine) -> list[Samples]:
+    """Both splits, known to the manifest if there is one."""
+    known = manifest.read(path / manifest.NAME)
+    if known is None:
+        return [Samples(storage, quarantine, None) for storage in open_splits(path).values()]
+    splits = open_splits(path, frozenset(name for files in known.values() for name in files))
+    return [
+        Samples(storage, quarantine, manifest.facts_of(storage, known.get(split, {}), path / manifest.NAME))
+        for split, storage in splits.items()
+    ]
 
 
 def _loader(

@@ -97,13 +97,7 @@ def build_source(
             loader=loader,
             device=device,
         )
-    for option, value, default in (
-        ("path", path, None),
-        ("rand_augment", rand_augment, None),
-        ("loader", loader, "auto"),
-    ):
-        if value != default:
-            raise ValueError(f"data {name!r} takes no {option}, got {value}: only 'images' does")
+    _refuse_options_of_images(name, path, rand_augment, loader)
     if name == "digits":
         from prelora.data.digits import Digits
 
@@ -120,3 +114,12 @@ def build_source(
             device=device,
         )
     raise ValueError(f"data {name!r}: accepted are digits, images, synthetic")
+
+
+def _refuse_options_of_images(
+    name: str, path: Path | None, rand_augment: tuple[int, float] | None, loader: LoaderName
+) -> None:
+    given = {"path": path, "rand_augment": rand_augment, "loader": None if loader == "auto" else loader}
+    for option, value in given.items():
+        if value is not None:
+            raise ValueError(f"data {name!r} takes no {option}, got {value}: only 'images' does")
