@@ -9,6 +9,7 @@ same, and on the CPU DALI is several times slower at floats, above all at roundi
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,23 @@ from nvidia.dali.types import Constant, DALIDataType, DALIInterpType
 from prelora.data import randaugment
 from prelora.data.randaugment import FILL, OPS, VALUES, blend, drawn
 
+BY_VALUE, WARP, CUTOUT, AUTO_CONTRAST, EQUALIZE, COLOR, SHARPNESS = range(7)
+KINDS = [
+    {
+        "Rotate": WARP,
+        "ShearX": WARP,
+        "ShearY": WARP,
+        "TranslateX": WARP,
+        "TranslateY": WARP,
+        "Cutout": CUTOUT,
+        "AutoContrast": AUTO_CONTRAST,
+        "Equalize": EQUALIZE,
+        "Color": COLOR,
+        "Sharpness": SHARPNESS,
+    }.get(op, BY_VALUE)
+    for op in OPS
+]
+"""How each operation is carried out; by its value: what a value becomes hangs on nothing else."""
 HAIR = 2**-12
 """Pixels added to where a pixel comes from: halves then go up, as in NumPy, whatever float32 made of them."""
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32)
@@ -46,72 +64,80 @@ def apply(images: Any, draws: Any, *, num_ops: int, magnitude: float, size: int)
         uint8 [size, size, 3], as ``prelora.data.randaugment.apply`` gives, within what ``docs/augmentation.md`` says.
     """
     for place in range(num_ops):
-        images = _one(images, draws[place, 0], draws[place, 1:], magnitude, size)
+        images = _one(images, fn.cast(draws[place, 0], dtype=DALIDataType.UINT8), draws[place, 1:], magnitude, size)
     return images
 
 
 def _one(images: Any, op: Any, args: Any, magnitude: float, size: int) -> Any:
     """The operation that each sample drew: DALI splits the batch at every ``if`` and merges it after."""
-    if _is_one_of(op, "Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"):
+    kind = fn.lookup_table(op, keys=list(range(len(OPS))), values=KINDS, dtype=DALIDataType.UINT8)
+    # Operators take arguments from the CPU, arithmetic takes them from where the images are.
+    row = op.gpu() if images.device == "gpu" else op
+    if kind == BY_VALUE:
+        images = _look_up(row * ROW + images, _values(magnitude, size))
+    elif kind == WARP:
         images = _warp(images, args)
-    elif _is_one_of(op, "Cutout"):
+    elif kind == CUTOUT:
         images = fn.erase(images, anchor=args[0:2], shape=args[2:4], axis_names="HW", fill_value=FILL)
-    elif _is_one_of(op, "AutoContrast"):
+    elif kind == AUTO_CONTRAST:
         images = _auto_contrast(images)
-    elif _is_one_of(op, "Equalize"):
+    elif kind == EQUALIZE:
         images = _equalize(images)
-    elif _is_one_of(op, "Color"):
+    elif kind == COLOR:
         images = _color(images, magnitude)
-    elif _is_one_of(op, "Sharpness"):
-        images = _sharpness(images, magnitude, size)
-    elif _is_one_of(op, "Invert"):
-        images = images ^ ALL
-    elif _is_one_of(op, "Posterize"):
-        images = _by_value(images, "Posterize", magnitude, size)
-    elif _is_one_of(op, "Solarize"):
-        images = _by_value(images, "Solarize", magnitude, size)
-    elif _is_one_of(op, "Contrast"):
-        images = _by_value(images, "Contrast", magnitude, size)
-    elif _is_one_of(op, "Brightness"):
-        images = _by_value(images, "Brightness", magnitude, size)
     else:
-        images = _by_value(images, "SolarizeAdd", magnitude, size)
+        images = _sharpness(images, magnitude, size)
     return images
 
 
-def _is_one_of(op: Any, *names: str) -> Any:
-    """A scalar for each sample: whether its operation has one of these names."""
-    found = op == OPS.index(names[0])
-    for name in names[1:]:
-        found = found | (op == OPS.index(name))
-    return found
-
-
-def _look_up(indices: Any, table: npt.NDArray[Any]) -> Any:
+def _look_up(indices: Any, table: list[int]) -> Any:
     """The uint8 entries at integers of any type."""
-    return fn.lookup_table(
-        indices, keys=list(range(table.size)), values=table.astype(np.uint8).ravel().tolist(), dtype=DALIDataType.UINT8
-    )
+    return fn.lookup_table(indices, keys=_keys(len(table)), values=table, dtype=DALIDataType.UINT8)
 
 
-def _by_value(images: Any, op: str, magnitude: float, size: int) -> Any:
+@functools.cache
+def _keys(count: int) -> list[int]:
+    return list(range(count))
+
+
+@functools.cache
+def _values(magnitude: float, size: int) -> list[int]:
+    """A row for each operation that goes by the value, as NumPy has it; rows of zeros between them."""
     every = np.arange(256, dtype=np.uint8)[:, None, None].repeat(3, axis=2)
-    return _look_up(images, randaugment.apply(every, drawn(op, magnitude, size)[None])[..., 0])
+    table = np.zeros((len(OPS), 256), np.uint8)
+    for op, kind in enumerate(KINDS):
+        if kind == BY_VALUE:
+            table[op] = randaugment.apply(every, drawn(OPS[op], magnitude, size)[None])[:, 0, 0]
+    return _entries(table)
 
 
-def _blends(op: str, magnitude: float) -> npt.NDArray[np.float32]:
-    """[256, 256]: by the value that is blended with, and by the image's own."""
-    return blend(VALUES[:, None], VALUES, drawn(op, magnitude, 0)[1])
+@functools.cache
+def _stretched() -> list[int]:
+    """By the span of a channel's values, and by how far a value is above the least of them."""
+    above, span = np.arange(256), np.arange(256)[:, None]
+    table = np.minimum(above * 255 // np.maximum(span, 1), 255)
+    table[0] = above  # a channel of one colour stays
+    return _entries(table)
+
+
+@functools.cache
+def _blends(op: str, magnitude: float) -> list[int]:
+    """By the value that is blended with, and by the image's own."""
+    table = blend(VALUES[:, None], VALUES, drawn(op, magnitude, 0)[1])
+    if op == "Sharpness":
+        table[255] = VALUES  # for the edges, see ``_sharpness``
+    return _entries(table)
+
+
+def _entries(table: npt.NDArray[Any]) -> list[int]:
+    return table.astype(np.uint8).ravel().tolist()
 
 
 def _auto_contrast(images: Any) -> Any:
     low = fn.reductions.min(images, axes=[0, 1], keep_dims=True)
     span = fn.reductions.max(images, axes=[0, 1], keep_dims=True) - low
-    above, spans = np.meshgrid(np.arange(256), np.arange(256))
-    stretched = np.minimum(above * 255 // np.maximum(spans, 1), 255)
-    # A channel of one colour stays: it is left where it is, and row 0 of the table is the identity.
-    stretched[0] = np.arange(256)
-    return _look_up(span * ROW + (images - low * (span != 0)), stretched)
+    # Where there is but one colour, the value itself is looked up, in the row of span 0.
+    return _look_up(span * ROW + (images - low * (span != 0)), _stretched())
 
 
 def _color(images: Any, magnitude: float) -> Any:
@@ -122,7 +148,7 @@ def _color(images: Any, magnitude: float) -> Any:
 
 def _sharpness(images: Any, magnitude: float, size: int) -> Any:
     sums = _nearest(fn.filter(images, SMOOTH, dtype=DALIDataType.FLOAT))
-    smooth = _look_up(sums, np.arange(13 * 255 + 1) // 13)
+    smooth = _look_up(sums, [total // 13 for total in range(13 * 255 + 1)])
     # The outermost pixels stay. They are sent to the row of 255, which an inner pixel has only if it is 255 itself.
     edges = [(0, 0, 1, size), (size - 1, 0, 1, size), (0, 0, size, 1), (0, size - 1, size, 1)]
     smooth = fn.erase(
@@ -132,9 +158,7 @@ def _sharpness(images: Any, magnitude: float, size: int) -> Any:
         axis_names="HW",
         fill_value=255,
     )
-    table = _blends("Sharpness", magnitude)
-    table[255] = VALUES
-    return _look_up(smooth * ROW + images, table)
+    return _look_up(smooth * ROW + images, _blends("Sharpness", magnitude))
 
 
 def _equalize(images: Any) -> Any:
@@ -151,7 +175,9 @@ def _equalize(images: Any) -> Any:
     step = dali_math.floor(spread / 255.0)
     divisor = dali_math.max(step, 1.0)
     half = dali_math.floor(step / 2.0) / divisor - 0.5  # the nearest integer, where the original cuts off
-    equalized = _look_up(_nearest(rounded * (spread / 255.0 / divisor) + half), np.minimum(np.arange(2 * 256), 255))
+    equalized = _look_up(
+        _nearest(rounded * (spread / 255.0 / divisor) + half), [min(value, 255) for value in range(2 * 256)]
+    )
     return equalized ^ (equalized ^ images) * (step == 0)
 
 
