@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from image_trees import images_of, make_folders, split_in
+from image_trees import images_of, joined, make_folders, split_in
 
 import prelora.data
 
@@ -30,6 +30,21 @@ def test_memory_does_not_grow_over_50_epochs(folders):
 
     # A batch is 1 MB: one kept in each epoch would be 30 MB more over these.
     assert np.median(resident[40:]) - np.median(resident[10:20]) < 8
+
+
+def test_an_epoch_left_behind_disturbs_no_later_one(folders):
+    source = images_of(folders, "dali")
+    order = split_in(np.arange(TRAIN), 5)
+    whole = joined(source.train(order, 1))[0]
+    left, later = source.train(order, 0), source.train(order, 1)
+    next(left)
+    images = [next(later)[0] for _ in range(4)]
+
+    with pytest.raises(RuntimeError, match="other batches of this split have been asked for"):
+        next(left)
+    del left
+
+    assert torch.equal(torch.cat([*images, *(images for images, _ in later)]), whole)
 
 
 def resident_mb():

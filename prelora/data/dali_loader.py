@@ -70,13 +70,22 @@ class DaliLoader:
         self._feed = _Feed()
         self._pipeline: Any = None
         self._rebuilds = 0
+        self._turn: object = None
 
     def batches(self, indices: Sequence[np.ndarray], views: Views, *, replace: bool) -> Batches:
-        """See ``prelora.data.images.Loader.batches``."""
+        """See ``prelora.data.images.Loader.batches``. Batches asked for later end those before.
+
+        Raises:
+            RuntimeError: later ones have been asked for.
+        """
         done = 0
+        mine = self._turn = object()
+        self._rewind()
         try:
             self._start(indices, done, views, replace)
             while done < len(indices):
+                if self._turn is not mine:
+                    raise RuntimeError("other batches of this split have been asked for, which ended these")
                 try:
                     (images,) = self._pipeline.run()
                 except StopIteration:
@@ -92,7 +101,8 @@ class DaliLoader:
                 done = batch.end
                 yield to_tensor(images, self._device), self._labels(batch)
         finally:
-            self._rewind()
+            if self._turn is mine:
+                self._rewind()
 
     def _start(self, indices: Sequence[np.ndarray], done: int, views: Views, replace: bool) -> None:
         """Feed the batches from ``done`` on to a pipeline that is large enough for them."""
