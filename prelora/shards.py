@@ -32,6 +32,22 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.detach().full_tensor() if is_shard(tensor) else tensor.detach()
 
 
+def full_together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """``full`` of many tensors, all of them spread over the same ranks or all plain, in a single all-gather."""
+    if not tensors or not is_shard(tensors[0]):
+        return [tensor.detach() for tensor in tensors]
+    first: Any = tensors[0]
+    dim = _shard_dim(first)
+    ranks = first.device_mesh.size(dim)
+    # As many elements from every rank: those of a full chunk, the last ones' filled up with zeros.
+    sizes = [-(-tensor.shape[0] // ranks) * (tensor.numel() // tensor.shape[0]) for tensor in tensors]
+    mine = torch.cat([_filled(local(tensor).flatten(), size) for tensor, size in zip(tensors, sizes, strict=True)])
+    gathered = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(gathered, mine, group=first.device_mesh.get_group(dim))
+    parts = zip(tensors, torch.stack(gathered).split(sizes, 1), strict=True)
+    return [part.flatten()[: tensor.numel()].view(tensor.shape).to(tensor.dtype) for tensor, part in parts]
+
+
 def local_rows(tensor: Tensor) -> tuple[int, int]:
     """Rows [start, stop) of the first dimension that this rank holds."""
     rows = tensor.shape[0]
@@ -94,6 +110,10 @@ def shard_index(tensor: Any) -> tuple[int, int]:
     """Which of how many parts this rank holds."""
     dim = _shard_dim(tensor)
     return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+
+
+def _filled(flat: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(flat, (0, size - flat.numel()))
 
 
 def _shard_dim(tensor: Any) -> int:

@@ -7,13 +7,13 @@ from models import tiny_vit
 from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from prelora import PreLoRA, PreLoRAConfig, distributed, sharding, shards
 from prelora.nn import merge_once
 
-RANKS, EPOCHS, STEPS, ACCUMULATE, BATCH = 4, 5, 2, 2, 8
+RANKS, EPOCHS, STEPS, ACCUMULATE, BATCH = 4, 5, 1, 2, 8
 PHASES = ["full", "warmup", "warmup", "lora", "lora"]
 """After each epoch."""
 CONFIG = {"k": 2, "m": 1, "tau": 1e6, "zeta": 1e6, "warmup_epochs": 2, "r_min": 1, "r_max": 4}
@@ -49,9 +49,17 @@ def hybrid(model):
 
 
 def compiled(model):
-    for block in model.blocks:
-        block.compile(backend="eager")
+    model.blocks[0].compile(backend="eager")
     return fsdp(model)
+
+
+def mixed(model):
+    """bf16 weights to compute with, fp32 ones to keep."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = init_device_mesh("cpu", (distributed.world_size(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
 def start(wrap, dtype=torch.float64, fields=None, average=True, **options):
@@ -94,5 +102,15 @@ def train(pre, steps=STEPS, dtype=torch.float64, autocast=False):
     return losses, norms
 
 
+@torch.no_grad()
+def evaluate(pre, images):
+    """Forwards alone, after which FSDP2 leaves the roots gathered."""
+    pre.model.eval()(images)
+    pre.model.train()
+    if pre.ema is not None:
+        pre.ema.module(images)
+
+
 def end(pre, losses, dtype=torch.float64):
+    evaluate(pre, batch(0, 0, dtype)[0])
     return pre.end_epoch(sum(losses) / len(losses), probe=batch(0, 0, dtype)[0])

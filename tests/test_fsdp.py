@@ -13,6 +13,7 @@ from fsdp_runs import (
     end,
     fsdp,
     hybrid,
+    mixed,
     one_unit,
     plain,
     start,
@@ -33,7 +34,6 @@ WAYS = {
     "ddp": {"wrap": ddp},
     "fsdp": {"wrap": fsdp},
     "fsdp, deferred": {"wrap": fsdp, "defer_lora_grads": True},
-    "hybrid": {"wrap": hybrid},
     "hybrid, deferred": {"wrap": hybrid, "defer_lora_grads": True},
     "one unit, A frozen": {"wrap": one_unit, "fields": {"train_lora_a": False}},
     "fsdp, all frozen": {"wrap": fsdp, "fields": {"freeze": "all"}},
@@ -217,9 +217,10 @@ def losses_of(wrap, autocast=False):
     return losses
 
 
-def test_under_autocast_losses_are_those_of_ddp(ranks):
+@pytest.mark.parametrize(("wrap", "autocast"), [(fsdp, True), (mixed, False)])
+def test_in_bf16_losses_are_those_of_ddp_under_autocast(wrap, autocast, ranks):
     expected = ranks.only(2, losses_of, ddp, True)[0]
-    for found in ranks.only(2, losses_of, fsdp, True):
+    for found in ranks.only(2, losses_of, wrap, autocast):
         assert found == pytest.approx(expected, rel=0.03)
 
 
@@ -411,6 +412,11 @@ def compressed():
 
 def test_compression_of_gradients_outlives_every_switch(ranks):
     assert ranks.only(2, compressed) == [("lora", [["bf16_compress_hook"]] * 4)] * 2
+
+
+def test_a_sharded_layer_is_not_merged_in_place():
+    with pytest.raises(RuntimeError, match="merged_state_dict"):
+        layer(True).merge()
 
 
 def test_compression_of_gradients_refuses_what_has_none():

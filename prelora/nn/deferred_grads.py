@@ -15,7 +15,7 @@ from torch import nn
 from prelora.nn.linear import LoRALinear, lora_arguments
 from prelora.ops import lora_merge_backward
 from prelora.ops.slices import split_lora
-from prelora.shards import full, is_shard, laid_out_like, local, local_rows, rows_here, sum_over_shards
+from prelora.shards import full_together, is_shard, laid_out_like, local, local_rows, rows_here, sum_over_shards
 
 
 def defer_lora_grads(model: nn.Module, defer: bool = True) -> list[str]:
@@ -42,7 +42,7 @@ def lora_grads_from_weights(model: nn.Module) -> None:
     """Set the gradients of every deferred A and B from W.grad, in one call for all layers.
 
     Of a model sharded by FSDP2 each rank takes the rows of W.grad that it holds, and one all-reduce adds up what they
-    give: a collective.
+    give, after one all-gather of every A and B: a collective.
     """
     layers = _due(model)
     if not layers:
@@ -57,9 +57,10 @@ def lora_grads_from_weights(model: nn.Module) -> None:
 
 def _grads_from_shards(layers: Sequence[LoRALinear]) -> None:
     sums = []
+    whole = iter(full_together([part for layer in layers for part in (layer.lora_A, layer.lora_B)]))
     for layer in layers:
         first, _ = local_rows(layer.weight)
-        grad, lora_a, lora_b = local(layer.weight.grad), full(layer.lora_A), full(layer.lora_B)  # type: ignore[arg-type]
+        grad, lora_a, lora_b = local(layer.weight.grad), next(whole), next(whole)  # type: ignore[arg-type]
         grad_a, grad_b = torch.zeros_like(lora_a), torch.zeros_like(lora_b)
         sums += [grad_a, grad_b]
         pairs = split_lora(lora_a, lora_b, layer.rows, layer.rank)

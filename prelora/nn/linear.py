@@ -180,8 +180,10 @@ class LoRALinear(nn.Linear):
         """Fold s·B·A into ``weight`` for inference; the base weight is kept, for ``unmerge`` to give back bit for bit.
 
         Raises:
-            RuntimeError: already merged.
+            RuntimeError: already merged, or sharded.
         """
+        if self.sharded:
+            raise RuntimeError("merge() of a LoRALinear that FSDP2 shards: take PreLoRA.merged_state_dict()")
         if self.merged:
             raise RuntimeError("merge() of a LoRALinear that is merged already")
         base = self.weight.detach().clone()
