@@ -84,6 +84,24 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
+def traffic(model: nn.Module) -> dict[str, int]:
+    """Bytes of what a forward and backward gathers, and of the gradients that a reducing backward scatters.
+
+    A parameter is gathered for the forward and, where its unit has let go of it, again for the backward.
+    """
+    sent = {"all_gather": 0, "reduce_scatter": 0}
+    for state in {module._get_fsdp_state() for module in _fsdp_modules(model).values()}:
+        for group in state._fsdp_param_groups:
+            gathers = 2 if group._reshard_after_forward else 1
+            for parameter in (held.sharded_param for held in group.fsdp_params):
+                gathered_in = state._mp_policy.param_dtype or parameter.dtype
+                sent["all_gather"] += gathers * parameter.numel() * gathered_in.itemsize
+                if parameter.requires_grad:
+                    reduced_in = state._mp_policy.reduce_dtype or gathered_in
+                    sent["reduce_scatter"] += parameter.numel() * reduced_in.itemsize
+    return sent
+
+
 def check_sharding(model: nn.Module, targets: Sequence[Target]) -> None:
     """Refuse a model whose parameters are spread over ranks in a way that cannot go through the switch.
 

@@ -40,10 +40,14 @@ def run(config, output, *interruption):
     return child.exitcode
 
 
+def launch(ranks, *options):
+    """The command line up to the script."""
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", *options]
+
+
 def torchrun(config, output, *interruption, ranks, options=()):
     """Train on gloo ranks; returns torchrun's exit code, and its output in ``output``'s log."""
-    launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", *options]
-    command = [*launch, interrupt.__file__, *map(str, interruption), "train", *prepare(config, output)]
+    command = [*launch(ranks, *options), interrupt.__file__, *map(str, interruption), "train", *prepare(config, output)]
     log = output.with_suffix(".log")
     with log.open("w") as file:
         done = subprocess.run(command, stdout=file, stderr=file, env=ENVIRONMENT, timeout=300, check=False)

@@ -459,7 +459,7 @@ def test_the_plan_of_vit_l_prints_its_known_numbers(capsys):
     (row,) = [line.split() for line in plan.splitlines() if line.startswith("64 ")]
     assert "304.33 M parameters" in plan
     assert "1,281,167 training images, 1000 classes" in plan
-    assert [row[1], " ".join(row[2:5]), row[6], row[9]] == ["30.43", "(10.00 %)", "369.02", "1.35×"]
+    assert [row[1], " ".join(row[2:4]), row[5], row[8]] == ["30.43", "(10.00 %)", "369.02", "1.35×"]
 
 
 @pytest.mark.parametrize(

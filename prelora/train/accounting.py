@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prelora import distributed
+from prelora import distributed, sharding
 
 
 def rates(
@@ -35,15 +35,22 @@ def rates(
     }
 
 
-def communication(model: nn.Module, *, compressed: bool) -> dict[str, int]:
-    """Bytes that one rank hands to each kind of collective in an optimizer step; empty for one rank.
+def communication(model: nn.Module, *, compressed: bool, accumulate: int) -> dict[str, int]:
+    """Bytes of the tensors that go through each kind of collective in an optimizer step; empty for one rank.
 
     Args:
         model: in its wrappers.
-        compressed: gradients travel in 16 bits.
+        compressed: DDP's gradients travel in 16 bits.
+        accumulate: micro-batches a step.
     """
-    if distributed.world_size() == 1 or not isinstance(model, DistributedDataParallel):
+    if distributed.world_size() == 1:
         return {}
+    plain = distributed.unwrap(model)
+    if sharding.is_sharded(plain):
+        sent = sharding.traffic(plain)
+        return {**sent, "all_gather": accumulate * sent["all_gather"]}
+    if not isinstance(model, DistributedDataParallel):
+        raise TypeError(f"{type(model).__name__} on {distributed.world_size()} ranks is neither in DDP nor sharded")
     reduced = [
         parameter
         for name, parameter in model.module.named_parameters()

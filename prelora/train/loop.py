@@ -226,7 +226,11 @@ class Trainer:
             flops_per_image=self._phase_flops(phase, pre.ranks),
             peak=self.peak,
         )
-        communicated = accounting.communication(pre.model, compressed=self.config.distributed.compress == "bf16")
+        communicated = accounting.communication(
+            pre.model,
+            compressed=self.config.distributed.compress == "bf16",
+            accumulate=self.config.optim.accumulate,
+        )
         probe = self._probe if phase == "full" else None
         event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=probe)
         progress.pending = {
