@@ -61,8 +61,7 @@ def is_sharded(model: nn.Module) -> bool:
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Apply ``fully_shard`` over all ranks to each of the model's repeated blocks, then to the model; in place.
 
-    Blocks are the children of every outermost ``ModuleList`` or ``Sequential`` of two or more modules of one class,
-    as timm's ``blocks`` and transformers' ``encoder.layer`` are. Build the optimizer after it.
+    Build the optimizer after it; compile the blocks, by ``Module.compile``, before it.
 
     Args:
         device: where the parameters go; its type chooses the mesh's backend.
@@ -71,10 +70,26 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for block in _blocks(model):
+    for block in blocks(model):
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The children of every outermost ``ModuleList`` or ``Sequential`` of two or more modules of one class.
+
+    So timm's ``blocks`` and transformers' ``encoder.layer`` are.
+    """
+    found: list[nn.Module] = []
+    for module in model.children():
+        children = list(module.children())
+        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1
+        if repeated and len({type(child) for child in children}) == 1 and any(True for _ in children[0].parameters()):
+            found += children
+        else:
+            found += blocks(module)
+    return found
 
 
 def reshard(model: nn.Module) -> None:
@@ -154,18 +169,6 @@ def taken_apart(model: nn.Module) -> Iterator[None]:
     now = dict(model.named_parameters(remove_duplicate=False))
     if wrong := [name for name, parameter in now.items() if is_shard(parameter) == (parameter in ignored)]:
         raise RuntimeError(f"{wrong[0]} is {'' if is_shard(now[wrong[0]]) else 'not '}sharded after the surgery")
-
-
-def _blocks(model: nn.Module) -> list[nn.Module]:
-    found: list[nn.Module] = []
-    for module in model.children():
-        children = list(module.children())
-        repeated = isinstance(module, (nn.ModuleList, nn.Sequential)) and len(children) > 1
-        if repeated and len({type(child) for child in children}) == 1 and any(True for _ in children[0].parameters()):
-            found += children
-        else:
-            found += _blocks(module)
-    return found
 
 
 def _fsdp_modules(model: nn.Module) -> dict[str, Any]:

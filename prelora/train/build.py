@@ -61,6 +61,8 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     flops = config_flops(config, model, targets, source.channels)
     ema = ModelEmaV3(model, decay=config.ema_decay) if config.ema_decay is not None else None
     if config.distributed.strategy == "fsdp" and distributed.world_size() > 1:
+        for block in sharding.blocks(model) if config.compile else ():
+            block.compile()
         for whole in filter(None, (model, ema.module if ema is not None else None)):
             sharding.shard(whole, device)
     optimizer = create_optimizer_v2(
@@ -168,8 +170,10 @@ def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops, peak: float)
 
 
 def _wrap(model: nn.Module, config: TrainConfig, device: torch.device) -> nn.Module:
+    if sharding.is_sharded(model):
+        return model
     wrapped: Any = torch.compile(model) if config.compile else model
-    if distributed.world_size() == 1 or config.distributed.strategy == "fsdp":
+    if distributed.world_size() == 1:
         return wrapped
     ids = [device.index] if device.type == "cuda" else None
     # Gloo sums three and more ranks in an order that depends on the place in the bucket, and DDP sorts its buckets anew
