@@ -29,6 +29,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return commands[options.command](options)
     except ModuleNotFoundError as error:
         return _fail_without(error)
+    except BrokenPipeError:  # `| head` has seen enough
+        return 0
     except (ValueError, OSError) as error:
         return fail(error, EXIT_BAD_INPUT)
     except CheckpointError as error:
