@@ -22,7 +22,8 @@ NAMES = {"full": "FULL", "warmup": "WARMUP", "lora": "LORA", "run": "Whole run"}
 
 EXCEEDS = Html(
     '<span class="flag">Exceeds its FLOP ceiling.</span> FLOPs cannot explain it: noise, or what they do not count '
-    "(optimizer step, memory traffic, communication, other load on the machine), as on small models."
+    "(optimizer step, memory traffic, communication, waiting for images, other load on the machine), as on small "
+    "models."
 )
 
 
