@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from prelora.analysis.hardware import GIGA, GPUS, Cluster
+from prelora.analysis.plan import count_model
 from prelora.analysis.plan_table import describe_phases, describe_setup, describe_times
 from prelora.analysis.planner import Plan, Setup, make_plan
 from prelora.analysis.records import load_run
@@ -118,7 +119,8 @@ def main(arguments: Sequence[str]) -> str:
     )
     setup, schedule = _setup(options), _schedule(options)
     image = (CHANNELS, options.image_size, options.image_size)
-    plan = make_plan(model, targets, ranks, config, setup, image=image)
+    counted = count_model(model, targets, torch.empty(1, *image, device="meta"), freeze=config.freeze)
+    plan = make_plan(model, targets, ranks, config, counted, setup, image=image)
     simulated = _simulate(options, model, targets, ranks, config, image) if options.simulate else None
     if options.as_json:
         return _json(options, plan, schedule, simulated)

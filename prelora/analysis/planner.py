@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from prelora.analysis.activations import saved_for_backward
@@ -14,7 +13,7 @@ from prelora.analysis.footprint import Footprint, Holding, Strategy, footprint, 
 from prelora.analysis.hardware import GIGA, GPUS, Cluster
 from prelora.analysis.network import all_reduce_seconds, bucket_bytes, exposed_seconds, gather_seconds
 from prelora.analysis.phases import PhaseModel, phase_models, planned_execution
-from prelora.analysis.plan import TargetCost, count_model
+from prelora.analysis.plan import ModelFlops, TargetCost
 from prelora.analysis.roofline import Reach, count_step, seconds
 from prelora.config import PreLoRAConfig
 from prelora.targets import Target
@@ -131,6 +130,7 @@ def make_plan(
     targets: Sequence[Target],
     ranks: Mapping[str, int],
     config: PreLoRAConfig,
+    counted: ModelFlops,
     setup: Setup,
     *,
     image: Sequence[int],
@@ -141,14 +141,13 @@ def make_plan(
     Args:
         model: the plain model, without LoRA, on any device.
         ranks: by target name.
+        counted: what ``count_model`` found of the model, targets and ``config.freeze``.
         image: [channels, height, width].
         timed: predict times too, which takes a few seconds for a large model.
 
     Raises:
         ValueError: the ranks' names are not the targets', or timm knows no such optimizer.
     """
-    meta_image = torch.empty(1, *image, device="meta")
-    counted = count_model(model, targets, meta_image, freeze=config.freeze)
     flops = counted.phases(ranks, planned_execution(config), config.train_lora_a).as_dict()
     holding = Holding(
         strategy=setup.strategy,

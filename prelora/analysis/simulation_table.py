@@ -39,7 +39,7 @@ def describe_simulation(plan: Plan, simulated: Mapping[str, SimulatedPhase]) -> 
 
 
 def _compared(closed: float, simulated: float) -> str:
-    difference = f"{100 * (simulated / closed - 1):+.1f} %" if closed else "-"
+    difference = f"{round(100 * (simulated / closed - 1), 1) + 0.0:+} %" if closed else "-"  # + 0.0: no minus zero
     digits = 0 if isinstance(closed, int) else 3
     return f"{closed:.{digits}f} | {simulated:.{digits}f} | {difference}"
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from prelora import surgery
 from prelora.analysis.hardware import GPUS, Cluster
+from prelora.analysis.plan import ModelFlops
 from prelora.analysis.plan_table import describe_phases
 from prelora.analysis.planner import Setup, make_plan
 from prelora.controller import parameter_counts
@@ -36,6 +37,7 @@ def describe(config: TrainConfig, gpus: int) -> str:
     with torch.device("meta"):
         model = build_model(config.model, classes=classes, channels=channels)
     targets = config_targets(config, model)
+    counted = config_flops(config, model, targets, channels)
     batch = config.data.batch_size * config.optim.accumulate * gpus
     groups = ", ".join(f"{group} × {len(members)}" for group, members in by_group(targets).items())
     lines = [
@@ -50,28 +52,28 @@ def describe(config: TrainConfig, gpus: int) -> str:
         f"precision     {config.precision}",
         *_phases(config),
         "",
-        *_by_rank(config, model, targets, channels),
+        *_by_rank(config, model, targets, counted),
         "",
-        *_of_one_gpu(config, model, targets, channels, gpus),
+        *_of_one_gpu(config, model, targets, counted, channels, gpus),
     ]
     return "\n".join(lines)
 
 
-def _by_rank(config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int) -> list[str]:
+def _by_rank(config: TrainConfig, model: nn.Module, targets: Sequence[Target], counted: ModelFlops) -> list[str]:
     """What trains and what is computed in LORA, at the smallest rank, a middle one and the largest."""
     pre = config.prelora
     lines = [
         "uniform   trains in LORA       gradients     GFLOP an image,           the most that",
         "rank      M (of the base)      MB a step     FULL → LORA               LORA can gain",
     ]
-    flops, execution = config_flops(config, model, targets, channels), config_execution(config)
+    execution = config_execution(config)
     total = parameter_counts(model)[1]
     for rank in sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max}):
         adapted, ranks = copy.deepcopy(model), {target.name: rank for target in targets}
         surgery.inject(adapted, targets, ranks)
         surgery.freeze(adapted, targets, pre.freeze, train_lora_a=pre.train_lora_a)
         trainable = parameter_counts(adapted)[0]
-        phases = flops.phases(ranks, execution, pre.train_lora_a)
+        phases = counted.phases(ranks, execution, pre.train_lora_a)
         lines.append(
             f"{rank:<9} {trainable / 1e6:6.2f} ({100 * trainable / total:5.2f} %)     {4 * trainable / 1e6:9.2f}     "
             f"{phases.full / 1e9:7.2f} → {phases.lora / 1e9:6.2f}          {phases.ceiling:.2f}×"
@@ -80,7 +82,7 @@ def _by_rank(config: TrainConfig, model: nn.Module, targets: Sequence[Target], c
 
 
 def _of_one_gpu(
-    config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int, gpus: int
+    config: TrainConfig, model: nn.Module, targets: Sequence[Target], counted: ModelFlops, channels: int, gpus: int
 ) -> list[str]:
     """Memory and communication, at the largest rank everywhere, which no plan of Algorithm 2 goes beyond."""
     setup = Setup(
@@ -96,7 +98,7 @@ def _of_one_gpu(
     )
     ranks = {target.name: config.prelora.r_max for target in targets}
     image = (channels, config.model.image_size, config.model.image_size)
-    plan = make_plan(model, targets, ranks, config.prelora, setup, image=image, timed=False)
+    plan = make_plan(model, targets, ranks, config.prelora, counted, setup, image=image, timed=False)
     return [
         f"one of {gpus} GPUs, held against {GPU}, at rank {config.prelora.r_max} everywhere:",
         *describe_phases(plan),
