@@ -8,6 +8,7 @@ prints the resident memory after each epoch of a process that loads ``TREE``'s i
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
 from torchvision.io import ImageReadMode, decode_image
 
-from bench.interleave import Variant
+from bench.interleave import Role, Variant
 from bench.models import FULL, StepCell, Trained, base_model, trained
 from bench.precision import DEVICE
 from prelora.data.sampler import train_batches
@@ -85,15 +86,27 @@ def epoch_variants(cell: LoadCell, tree: Path) -> list[Variant]:
     ]
 
 
-def _epochs(name: str, role: Any, images: int, load: Callable[[int], object]) -> Variant:
+def _epochs(name: str, role: Role, images: int, load: Callable[[int], object]) -> Variant:
     seconds: list[float] = []
+    cores: list[float] = []
 
     def epoch() -> None:
-        start = time.perf_counter()
+        start, spent = time.perf_counter(), cpu_seconds()
         load(len(seconds))
         seconds.append(time.perf_counter() - start)
+        cores.append(cpu_seconds() - spent)
 
-    return Variant(name, {"epoch": epoch}, role, note=lambda: f"{images / statistics.median(seconds):.0f} images/s")
+    def note() -> str:
+        speed, work = images / statistics.median(seconds), 1e3 * statistics.median(cores) / images
+        return f"{speed:.0f} images/s, {work:.2f} ms of one core for each"
+
+    return Variant(name, {"epoch": epoch}, role, note=note)
+
+
+def cpu_seconds() -> float:
+    """Of this process's threads, and of the processes that it waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def torchvisions(cell: LoadCell, tree: Path) -> Callable[[int], object]:
@@ -123,17 +136,17 @@ def decoding(tree: Path) -> Callable[[int], object]:
 
 
 def step_variants(cell: StepCell, tree: Path, steps: int) -> list[Variant]:
-    """Full training steps on the batches of each source, and on the same batch again and again."""
+    """Full training steps on the batches of each loader, and on a batch that is there already."""
     base = base_model(cell.model)
-    synthetic = build_source("synthetic", image_size=SIZE, seed=0, classes=1000, device=DEVICE)
+    idle = trained(FULL, cell, base)
     return [
-        _steps("synthetic", "peer", synthetic, trained(FULL, cell, base), steps),
+        Variant("no loading", {f"{steps} steps": lambda: [idle.step() for _ in range(steps)]}, "peer"),
         _steps("DALI", "ours", source(tree, "dali", True), trained(FULL, cell, base), steps),
-        _steps("plain", "ours", source(tree, "plain", True), trained(FULL, cell, base), steps),
+        _steps("plain", "peer", source(tree, "plain", True), trained(FULL, cell, base), steps),
     ]
 
 
-def _steps(name: str, role: Any, data: Source, run: Trained, steps: int) -> Variant:
+def _steps(name: str, role: Role, data: Source, run: Trained, steps: int) -> Variant:
     under_way: list[Any] = []
 
     def start() -> None:
@@ -146,13 +159,9 @@ def _steps(name: str, role: Any, data: Source, run: Trained, steps: int) -> Vari
             run.images, run.labels = images.to(DEVICE), labels.to(DEVICE)
             run.step()
 
-    # What the loader had under way is thrown out on its own time: the next variant finds the cores free.
-    return Variant(
-        name,
-        {"first batch": start, f"{steps} steps": step, "stop": lambda: under_way.pop().close()},
-        role,
-        summed=False,
-    )
+    # Stopping has a time of its own: what was read ahead is done before it is the next one's turn.
+    parts = {"first batch": start, f"{steps} steps": step, "stop": lambda: under_way.pop().close()}
+    return Variant(name, parts, role, summed=False)
 
 
 def resident(tree: Path, loader: Loader, epochs: int) -> list[float]:
