@@ -6,8 +6,7 @@ import contextlib
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from prelora import _ext, distributed, monitor, optim, sharding, shards, surgery
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
+from prelora.events import Action, Event, Phase
 from prelora.monitor import Monitor, Norms
 from prelora.nn import LoRALinear
 from prelora.nn.deferred_grads import defer_lora_grads, lora_grads_from_weights, lora_grads_pending
@@ -25,37 +25,7 @@ from prelora.ranks import assign_ranks
 from prelora.state import STATE_VERSION, check_state, own_buffers, scheduler_state
 from prelora.targets import Layout, Target, base_parameters, find_targets, target_linear, target_shape
 
-Phase = Literal["full", "warmup", "lora"]
-Action = Literal["none", "switch", "freeze", "switch+freeze"]
-
 RAMP_SHARE, RAMP_STEPS = 0.01, 500
-
-
-@dataclass(frozen=True)
-class Event:
-    """What an epoch's end found and did, and why."""
-
-    epoch: int
-    """Epochs finished."""
-    phase: Phase
-    """The phase from now on."""
-    action: Action
-    reason: str
-    loss: float
-    """Mean training loss over ranks."""
-    norms: Norms
-    norm_changes: dict[str, tuple[float, ...]]
-    """Each group's changes between the last k windows, in percent, to hold against tau; empty when not tested."""
-    loss_changes: tuple[float, ...]
-    """The loss's changes between the last k windows, in percent, to hold against zeta; empty when not tested."""
-    ranks: dict[str, int]
-    """The plan, by target; empty before the switch."""
-    trainable: int
-    """Parameters that train from now on."""
-    trainable_share: float
-    """``trainable`` over the model's parameters without LoRA."""
-    released: dict[str, int] = field(default_factory=dict)
-    """Bytes that this epoch's freeze gave back, by item."""
 
 
 class PreLoRA:
@@ -65,13 +35,13 @@ class PreLoRA:
     current after it. At a switch they may be new objects; the replaced ones raise when used.
 
     Args:
-        model: plain, in DDP, compiled, or both.
+        model: plain, in DDP or sharded by FSDP2 (``fully_shard`` on its blocks, then on itself), compiled or not.
         optimizer: over the model's parameters.
         config: None: the defaults (the paper's Exp2).
         targets: where LoRA goes, as in ``find_targets``.
         scheduler: a torch or timm LR scheduler of the optimizer, to be carried along.
         ema: an averaged copy of the model with a ``module`` (timm's ``ModelEmaV3``, torch's ``AveragedModel``), to
-            be extended with LoRA.
+            be extended with LoRA; of a sharded model, built before ``fully_shard`` and sharded alike.
         total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
             switch, at most 500; None: 1 % of the steps done.
         seed: from which A is drawn.

@@ -88,14 +88,14 @@ def run(options):
 
 
 @pytest.fixture(scope="module")
-def alone(ranks):
-    """The same run in one process, by the fields of its config."""
+def alone():
+    """The same run in this process, by the fields of its config."""
     known = {}
 
     def of(way):
         fields = WAYS[way].get("fields", {})
         if str(fields) not in known:
-            known[str(fields)] = ranks.only(1, run, {"wrap": plain, "fields": fields})[0]
+            known[str(fields)] = run({"wrap": plain, "fields": fields})
         return known[str(fields)]
 
     return of

@@ -17,7 +17,7 @@ LAYERS = (
     ("cli", "train", "analysis", "info"),
     ("__init__",),
     ("controller",),
-    ("state", "sharded_checkpoint"),
+    ("state", "events", "sharded_checkpoint"),
     ("surgery", "optim", "distributed", "monitor", "sharding", "sharded_norms", "targets", "checkpoint"),
     ("nn",),
     ("ops",),

@@ -66,10 +66,10 @@ def sharded(ranks, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(ranks, tmp_path_factory):
-    """The same by one process on a plain model."""
+def whole(tmp_path_factory):
+    """The same by this process on a plain model."""
     root = tmp_path_factory.mktemp("whole")
-    return root, ranks.only(1, written, plain, root)
+    return root, [written(plain, root)]
 
 
 @pytest.mark.parametrize("phase", PHASES)

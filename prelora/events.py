@@ -1,0 +1,38 @@
+"""``Event``: what ``PreLoRA.end_epoch`` found and did at an epoch's end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from prelora.monitor import Norms
+
+Phase = Literal["full", "warmup", "lora"]
+Action = Literal["none", "switch", "freeze", "switch+freeze"]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What an epoch's end found and did, and why."""
+
+    epoch: int
+    """Epochs finished."""
+    phase: Phase
+    """The phase from now on."""
+    action: Action
+    reason: str
+    loss: float
+    """Mean training loss over ranks."""
+    norms: Norms
+    norm_changes: dict[str, tuple[float, ...]]
+    """Each group's changes between the last k windows, in percent, to hold against tau; empty when not tested."""
+    loss_changes: tuple[float, ...]
+    """The loss's changes between the last k windows, in percent, to hold against zeta; empty when not tested."""
+    ranks: dict[str, int]
+    """The plan, by target; empty before the switch."""
+    trainable: int
+    """Parameters that train from now on."""
+    trainable_share: float
+    """``trainable`` over the model's parameters without LoRA."""
+    released: dict[str, int] = field(default_factory=dict)
+    """Bytes that this epoch's freeze gave back on this rank, by item."""
