@@ -63,6 +63,7 @@ def load_cells() -> Iterator[Any]:
         yield pytest.param(cell, id=f"loader-{cell.name}", marks=marks)
 
 
+@pytest.mark.filterwarnings("ignore:The image decoding and encoding:DeprecationWarning")
 @pytest.mark.parametrize("cell", list(load_cells()))
 def bench_epochs(cell: LoadCell, measure: Any, tree: Any) -> None:
     """An epoch by each loader in turn."""
