@@ -18,7 +18,7 @@ class CheckpointError(RuntimeError):
 
 
 class DataError(RuntimeError):
-    """Images that cannot be used: more of them than may be left out, or a damaged archive; the message names the file."""
+    """More images than may be left out cannot be used, or an archive is damaged; the message names the file."""
 
 
 class ProviderError(RuntimeError):

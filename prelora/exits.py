@@ -6,7 +6,7 @@ EXIT_OTHER_RANK, EXIT_BAD_INPUT, EXIT_NOT_FINITE, EXIT_CHECKPOINT, EXIT_DATA, EX
 EXIT_CODES = (
     "Exit codes: 0 finished; 1 another rank failed, or an error that is none of these; 2 bad input; "
     "3 the loss was not finite; 4 a checkpoint or the run's folder could not be written or read; "
-    "5 more images could not be read than may be left out; "
+    "5 more images cannot be used than may be left out, or data check found some; "
     "75 stopped by SIGTERM or SIGINT after writing a checkpoint (run again with --resume auto to go on)."
 )
 

@@ -25,7 +25,8 @@ from prelora.train.model import build_model
 
 FIELDS = {
     "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "communication", "memory",
-    "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps", "quarantined", "event",
+    "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps",
+    "quarantined", "event",
 }  # fmt: skip
 EVENT_FIELDS = {
     "phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share", "plan_flops",

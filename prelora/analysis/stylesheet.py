@@ -31,11 +31,12 @@ p { max-width: 46em; margin: 0 0 12px; }
 .scroll { overflow-x: auto; margin: 10px 0 14px; }
 table { border-collapse: collapse; width: 100%; font-size: 13.5px; line-height: 1.4;
         font-variant-numeric: tabular-nums; }
-th, td { text-align: left; vertical-align: baseline; padding: 7px 18px 7px 0; border-bottom: 1px solid var(--grid); }
+th, td { text-align: left; vertical-align: baseline; padding: 7px 16px 7px 0; border-bottom: 1px solid var(--grid); }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--muted); font-weight: 500; border-bottom-color: var(--muted); vertical-align: bottom; }
 tbody th { font-weight: 500; white-space: nowrap; }
-.num { text-align: right; white-space: nowrap; }
+.num { text-align: right; }
+td.num { white-space: nowrap; }
 .small { color: var(--muted); font-size: 12.5px; }
 td.text:last-child { min-width: 16em; overflow-wrap: anywhere; }
 strong { font-weight: 600; }
