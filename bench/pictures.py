@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from tests.clipart import CLASSES, CLIPART, make_clipart
+from tests.clipart import CLIPART, make_clipart
 
+CLASSES = ("animals", "food", "people", "recreation")
+"""Folders of the clip art that hold enough of it."""
 WIDTH, HEIGHT = 400, 350
 """ImageNet's mean; a file of it has about 110 kB."""
 GRAIN = 28.0
@@ -27,7 +29,7 @@ def make_tree(kind: str, root: Path, images: int) -> Path:
         kind: ``"photos"`` or ``"clipart"``.
     """
     if kind == "clipart":
-        return make_clipart(root, train=images // len(CLASSES), val=VAL)
+        return make_clipart(root, CLASSES, train=images // len(CLASSES), val=VAL)
     for split, count in (("train", images), ("val", VAL)):
         (root / split / "noise").mkdir(parents=True)
         made = [jpeg(photo(number)) for number in range(min(count, DIFFERENT))]
