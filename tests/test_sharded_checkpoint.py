@@ -79,7 +79,7 @@ def test_on_as_many_ranks_a_run_goes_on_bit_for_bit(phase, ranks, sharded):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-@pytest.mark.parametrize(("world", "wrap"), [(1, plain), (2, fsdp), (2, ddp), (4, hybrid)], ids=str)
+@pytest.mark.parametrize(("world", "wrap"), [(1, plain), (2, fsdp), (2, ddp), (4, hybrid)])
 def test_on_other_ranks_and_in_other_wrappers_the_losses_and_norms_are_the_same(phase, world, wrap, ranks, sharded):
     root, after = sharded
     for found in ranks.only(world, resumed, wrap, root / phase / "step-000000001"):
