@@ -1,4 +1,4 @@
-"""The ``prelora`` command: train, plan, export, report, data."""
+"""The ``prelora`` command: train, plan, replay, export, report, data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             return _fail_without(error)
         return train(given[1:])
-    plans = given[:1] == ["plan"]  # its arguments are a dataclass's fields, as train's are
-    options = argparse.Namespace(command="plan", given=given[1:]) if plans else _parser().parse_args(given)
-    commands = {"plan": _plan, "export": _export, "report": _report, "data": _data_check}
+    parses = given[:1] in (["plan"], ["replay"])  # the fields of dataclasses that --help here need not import
+    options = argparse.Namespace(command=given[0], given=given[1:]) if parses else _parser().parse_args(given)
+    commands = {"plan": _plan, "replay": _replay, "export": _export, "report": _report, "data": _data_check}
     try:
         return commands[options.command](options)
     except ModuleNotFoundError as error:
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a recipe: prelora train --help", add_help=False)
     commands.add_parser("plan", help="memory, network and time before a run: prelora plan --help", add_help=False)
+    commands.add_parser("replay", help="a run's log at other settings: prelora replay --help", add_help=False)
     export = commands.add_parser(
         "export",
         help="write a run's model for the stock library",
@@ -83,6 +84,15 @@ def _plan(options: argparse.Namespace) -> int:
     from prelora.analysis.plan_command import main as plan
 
     print(plan(options.given))
+    return 0
+
+
+def _replay(options: argparse.Namespace) -> int:
+    from prelora.analysis.replay_command import main as replay
+    from prelora.train.display import plain_warnings
+
+    with plain_warnings():
+        print(replay(options.given))
     return 0
 
 

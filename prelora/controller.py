@@ -293,22 +293,9 @@ class PreLoRA:
             return verdict, "freeze" if over else "none"
         if self.phase == "lora":
             return Verdict(False, "training LoRA", {}, ()), "none"
+        verdict, switches = self._monitor.decide(self.epoch)
         switch: Action = "switch" if config.warmup_epochs else "switch+freeze"
-        if self.epoch <= config.monitor_from:
-            verdict = Verdict(False, f"monitoring starts after epoch {config.monitor_from}", {}, ())
-        elif self._monitor.window_complete:
-            verdict = self._monitor.test()
-            if verdict.passed and self.epoch < config.min_epoch:
-                reason = f"passed, but epoch {self.epoch} is before min_epoch = {config.min_epoch}"
-                verdict = dataclasses.replace(verdict, passed=False, reason=reason)
-        else:
-            verdict = Verdict(False, f"window of {config.m} epochs not complete", {}, ())
-        if verdict.passed:
-            return verdict, switch
-        if config.deadline is not None and self.epoch >= config.deadline:
-            reason = f"forced by deadline = {config.deadline}; {verdict.reason}"
-            return dataclasses.replace(verdict, reason=reason), switch
-        return verdict, "none"
+        return verdict, switch if switches else "none"
 
     def _plan(self) -> dict[str, int] | None:
         """Algorithm 2, on rank 0; the others take it by broadcast."""

@@ -6,6 +6,7 @@ its state is a plain dict.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,23 @@ class Monitor:
         """Algorithm 1 on the windows recorded."""
         history = {group: self._epochs(names) for group, names in self.groups.items()}
         return partial_convergence_test(history, self.losses, self.config)
+
+    def decide(self, epoch: int) -> tuple[Verdict, bool]:
+        """Whether to switch once ``epoch`` epochs are finished, the last of them recorded if it is monitored."""
+        config = self.config
+        if epoch <= config.monitor_from:
+            verdict = Verdict(False, f"monitoring starts after epoch {config.monitor_from}", {}, ())
+        elif self.window_complete:
+            verdict = self.test()
+            if verdict.passed and epoch < config.min_epoch:
+                reason = f"passed, but epoch {epoch} is before min_epoch = {config.min_epoch}"
+                verdict = dataclasses.replace(verdict, passed=False, reason=reason)
+        else:
+            verdict = Verdict(False, f"window of {config.m} epochs not complete", {}, ())
+        if not verdict.passed and config.deadline is not None and epoch >= config.deadline:
+            reason = f"forced by deadline = {config.deadline}; {verdict.reason}"
+            return dataclasses.replace(verdict, reason=reason), True
+        return verdict, verdict.passed
 
     def changes(self) -> dict[str, dict[str, float]]:
         """Algorithm 2's input: each target's norm change between the last two windows, in percent, by group."""

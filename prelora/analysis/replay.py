@@ -1,0 +1,106 @@
+"""Algorithms 1 and 2 on a finished run's log: where it would have switched, why not before, and to which ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prelora.analysis.replay_log import NormLog
+from prelora.config import PreLoRAConfig
+from prelora.convergence import Verdict
+from prelora.monitor import Monitor
+from prelora.ranks import LayerShape, assign_ranks
+
+
+@dataclass(frozen=True)
+class Window:
+    """A test at the end of a window, and the smallest thresholds at which it passes."""
+
+    epoch: int
+    """Finished epochs."""
+    by_group: dict[str, float]
+    """Each group's largest |change| between the windows compared, percent; infinite where one is undefined."""
+    loss: float
+    """The loss's."""
+
+    @property
+    def tau(self) -> float:
+        """Percent: no smaller tau passes here."""
+        return max(self.by_group.values())
+
+    def passes(self, tau: float, zeta: float) -> bool:
+        """Whether the test passes here; thresholds in percent."""
+        return self.tau <= tau and self.loss <= zeta
+
+    def held_back(self, config: PreLoRAConfig) -> dict[str, float]:
+        """By what: groups and ``"loss"`` over their threshold, and by how many percentage points."""
+        over = {group: change - config.tau for group, change in self.by_group.items()} | {
+            "loss": self.loss - config.zeta
+        }
+        return {what: points for what, points in over.items() if points > 0}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a config makes of a log."""
+
+    log: NormLog
+    config: PreLoRAConfig
+    windows: tuple[Window, ...]
+    """Every test that FULL's epochs allow, also those after the switch."""
+    switch_epoch: int | None
+    """Finished epochs at the switch; None: the log ends before one."""
+    reason: str
+    """Of the last decision: why it switched, or did not."""
+    changes: dict[str, dict[str, float]]
+    """Algorithm 2's input at the switch: each target's norm change, percent, by group; empty without a switch."""
+
+
+def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
+    """Feed the log's FULL epochs to the monitor that a live run decides by; nothing is trained."""
+    monitor = Monitor(log.targets, config)
+    windows: list[Window] = []
+    switched: int | None = None
+    reason, changes = "", dict[str, dict[str, float]]()
+    for epoch, (loss, norms) in enumerate(zip(log.losses, log.norms, strict=True), start=1):
+        if epoch > config.monitor_from:
+            monitor.record(loss, norms)
+        if epoch > config.monitor_from and monitor.window_complete:
+            windows += _tested(epoch, monitor.test())
+        if switched is None:
+            verdict, switches = monitor.decide(epoch)
+            reason = verdict.reason
+            if switches:
+                switched, changes = epoch, monitor.changes()
+    return Replay(log, config, tuple(windows), switched, reason, changes)
+
+
+def changes_at(log: NormLog, config: PreLoRAConfig, epoch: int) -> dict[str, dict[str, float]]:
+    """Algorithm 2's input, were the run to switch after ``epoch``."""
+    monitor = Monitor(log.targets, config)
+    for index in range(config.monitor_from, epoch):
+        monitor.record(log.losses[index], log.norms[index])
+    return monitor.changes()
+
+
+def ranks_without_shapes(changes: Mapping[str, Mapping[str, float]], config: PreLoRAConfig) -> dict[str, int]:
+    """Algorithm 2 where no shape is known, so that no rank is capped at its layer's break-even.
+
+    Raises:
+        ValueError: the config has a budget, a share of parameters that nobody counted.
+    """
+    side = 4 * config.r_max  # breaks even at 2 · r_max: above every rank
+    shapes = {name: LayerShape(side, side) for layers in changes.values() for name in layers}
+    return assign_ranks(changes, shapes, config)
+
+
+def _tested(epoch: int, verdict: Verdict) -> list[Window]:
+    if not verdict.norm_changes:  # fewer than k windows
+        return []
+    largest = {group: _largest(steps) for group, steps in verdict.norm_changes.items()}
+    return [Window(epoch, largest, _largest(verdict.loss_changes))]
+
+
+def _largest(changes: tuple[float, ...]) -> float:
+    return max(math.inf if math.isnan(change) else abs(change) for change in changes)
