@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import CenterCrop, RandomResizedCrop, Resize
 
@@ -87,6 +87,7 @@ def test_draws_stay_what_they_were_when_runs_were_saved():
     assert (view.start.tolist(), view.shape.tolist(), view.flip.item()) == ([34, 77], [325, 339], 0)
 
 
+@settings(deadline=None)
 @given(sides, sides, st.sampled_from([16, 64, 224]))
 def test_an_evaluation_keeps_what_torchvisions_resize_and_centre_crop_keep(height, width, size):
     view = EvalViews(size)(0, height, width)

@@ -110,7 +110,7 @@ def test_an_index_of_other_archives_is_made_anew(folders, tmp_path):
 def test_a_damaged_index_is_made_anew(folders, tmp_path):
     make_tars(folders, tmp_path)
     open_storage(tmp_path, "train")
-    (tmp_path / "prelora-index-train.npz").write_bytes(b"PK\x03\x04 no more")
+    (tmp_path / "prelora-index-train.safetensors").write_bytes(b"\x08 no more")
 
     assert len(open_storage(tmp_path, "train")) == 12
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+NUMBERS = ("archive", "offset", "size", "label")
 
 
 class Entry(NamedTuple):
@@ -29,14 +33,13 @@ Walk = Callable[[Path], Iterator[Entry]]
 
 @dataclass(frozen=True)
 class Index:
-    """All entries of a split, as arrays [N]; ``archives`` is one line for each archive: name, size, time of change."""
+    """All entries of a split: integers [N], and N names."""
 
-    archives: np.ndarray
     archive: np.ndarray
     offset: np.ndarray
     size: np.ndarray
     label: np.ndarray
-    key: np.ndarray
+    key: list[str]
 
 
 class Shards:
@@ -55,7 +58,7 @@ class Shards:
         self.root = root
         self.archives = [path.relative_to(root).as_posix() for path in archives]
         self._payload = payload
-        self._index = _kept_index(root / f"prelora-index-{split}.npz", archives, walk)
+        self._index = _kept_index(root / f"prelora-index-{split}.safetensors", archives, walk)
         values, labels = np.unique(self._index.label, return_inverse=True)
         self.classes = tuple(map(str, values.tolist()))
         self.labels = labels.astype(np.int64)
@@ -76,39 +79,41 @@ class Shards:
 
 def _kept_index(kept: Path, archives: list[Path], walk: Walk) -> Index:
     """The index kept from earlier if it is of these archives as they are now; else a new one, kept if it can be."""
-    facts = [(path, path.stat()) for path in archives]
-    state = np.array([f"{path.name} {stat.st_size} {stat.st_mtime_ns}" for path, stat in facts])
+    facts = [(path.name, path.stat()) for path in archives]
+    state = json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts])
     # An index that cannot be read is as good as none.
-    with contextlib.suppress(OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile), np.load(kept) as arrays:
-        index = Index(**arrays)
-        if np.array_equal(index.archives, state):
-            return index
-    index = _walked(archives, state, walk)
+    with contextlib.suppress(OSError, SafetensorError, ValueError), safe_open(kept, framework="numpy") as file:
+        if (file.metadata() or {}).get("archives") == state:
+            return Index(
+                **{name: file.get_tensor(name) for name in NUMBERS}, key=json.loads(bytes(file.get_tensor("key")))
+            )
+    index = _walked(archives, walk)
     # Where the data cannot be written to, the index is made anew by each process.
-    with contextlib.suppress(OSError):
-        _write(kept, index)
+    with contextlib.suppress(OSError, SafetensorError):
+        _write(kept, index, state)
     return index
 
 
-def _walked(archives: list[Path], state: np.ndarray, walk: Walk) -> Index:
+def _walked(archives: list[Path], walk: Walk) -> Index:
     entries = [list(walk(path)) for path in archives]
     every = [entry for group in entries for entry in group]
     return Index(
-        archives=state,
         archive=np.repeat(np.arange(len(archives), dtype=np.int32), [len(group) for group in entries]),
         offset=np.array([entry.offset for entry in every], dtype=np.int64),
         size=np.array([entry.size for entry in every], dtype=np.int64),
         label=np.array([entry.label for entry in every], dtype=np.int64),
-        key=np.array([entry.key for entry in every], dtype=np.str_),
+        key=[entry.key for entry in every],
     )
 
 
-def _write(kept: Path, index: Index) -> None:
+def _write(kept: Path, index: Index, state: str) -> None:
+    """Args: state: of the archives, by which the index is known to be theirs."""
+    key = np.frombuffer(json.dumps(index.key).encode(), dtype=np.uint8)
     # Each of several ranks writes a file of its own; the last to finish stays, and all are alike.
     handle, part = tempfile.mkstemp(dir=kept.parent, prefix=kept.name, suffix=".part")
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **vars(index))
+        save_file({name: getattr(index, name) for name in NUMBERS} | {"key": key}, part, {"archives": state})
         os.chmod(part, 0o644)
         os.replace(part, kept)
     finally:
