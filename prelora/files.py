@@ -1,6 +1,23 @@
 """Write a file whole or not at all."""
 
+import contextlib
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write what takes ``path``'s place in one step when the block ends; after an error it stays as it was.
+
+    Several processes may do so at a time: each writes a file of its own, and the last to finish stays.
+    """
+    part = path.with_name(f"{path.name}.part-{uuid.uuid4().hex}")
+    try:
+        yield part
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -9,9 +26,5 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: it cannot be written; nothing is left beside it.
     """
-    part = path.with_name(f"{path.name}.part")
-    try:
+    with replacing(path) as part:
         part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -134,6 +134,8 @@ def _run_json(targets, parameters, epochs, warmup):
         "device": "cpu",
         "world_size": 1,
         "parameters": parameters,
+        "classes": 10,
+        "channels": 1,
         "targets": targets,
         "epochs": epochs,
         "global_batch": 64,

@@ -25,7 +25,7 @@ LAYERS = (
     ("tensor_trees",),
     ("shards",),
     ("convergence", "ranks", "data"),
-    ("config", "errors", "exits", "files"),
+    ("config", "errors", "exits", "files", "precision"),
 )
 
 # These import nothing else: the algorithm is arithmetic on numbers, without torch.

@@ -118,7 +118,7 @@ def test_a_damaged_index_is_made_anew(folders, tmp_path):
 @pytest.mark.parametrize("make", [make_tars, make_tfrecords])
 def test_where_no_index_can_be_kept_it_is_made_each_time(make, folders, tmp_path, monkeypatch):
     make(folders, tmp_path)
-    monkeypatch.setattr("tempfile.mkstemp", lambda **_: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr("prelora.data.shards.save_file", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
 
     assert [len(open_storage(tmp_path, "train")) for _ in range(2)] == [12, 12]
     assert not list(tmp_path.glob("prelora-index*"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from prelora.analysis.hollow import hollow_copy
 from prelora.controller import logits
+from prelora.precision import autocast
 
 DEVICE = "cpu"
 """Of the fake tensors: autograd runs without a driver there, and autocast saves for a ViT what it does on a GPU."""
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def fake_batch(images: int, image: Sequence[int]) -> tuple[Tensor, Tensor]:
 def step_loss(model: nn.Module, batch: tuple[Tensor, Tensor], precision: str) -> Tensor:
     """The loss of one micro-batch, as the trainer's step takes it."""
     images, labels = batch
-    with _autocast(precision):
+    with autocast(DEVICE, precision):
         return F.cross_entropy(logits(model(images)), labels)
 
 
@@ -67,8 +66,3 @@ def _saved(model: nn.Module, batch: tuple[Tensor, Tensor], precision: str) -> in
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         step_loss(model, batch, precision)
     return sum(storage.nbytes() for storage in kept.values())
-
-
-def _autocast(precision: str) -> AbstractContextManager[None]:
-    dtype = DTYPES[precision]
-    return nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE, dtype)

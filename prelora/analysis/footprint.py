@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import nn
 
-from prelora.analysis.activations import DTYPES, Saved
+from prelora.analysis.activations import Saved
 from prelora.analysis.phases import PhaseModel
 from prelora.analysis.plan import TargetCost
 from prelora.nn import LoRALinear
+from prelora.precision import DTYPES
+from prelora.sharding import blocks
 
 Strategy = Literal["ddp", "fsdp"]
 FP32 = 4
@@ -137,11 +139,10 @@ def _merged_bytes(model: nn.Module, precision: str) -> int:
 
 def _gathered_bytes(model: nn.Module) -> int:
     """FSDP2 on every block and the root: the root's parameters stay, two blocks' are there, with one's gradients."""
-    stacks = [module for module in model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    blocks = max((list(stack) for stack in stacks), key=_elements, default=[])
-    root = _elements([model]) - _elements(blocks)
-    largest = max((_elements([block]) for block in blocks), default=0)
-    trained = max((_elements([block], trainable_only=True) for block in blocks), default=0)
+    units = blocks(model)
+    root = _elements([model]) - _elements(units)
+    largest = max((_elements([block]) for block in units), default=0)
+    trained = max((_elements([block], trainable_only=True) for block in units), default=0)
     return FP32 * (root + 2 * largest + trained)
 
 

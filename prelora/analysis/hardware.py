@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Final
 
 GIGA, TERA = 1e9, 1e12
 
@@ -39,6 +40,10 @@ GPUS: dict[str, Gpu] = {
     "H100-80GB": _gpu(80, 3350, 67, 989.5, 450, _H100),
     "H200-141GB": _gpu(141, 4800, 67, 989.5, 450, _H200),
 }
+
+PAPERS_GPU: Final = "A100-40GB"
+PAPERS_PER_NODE, PAPERS_INTER = 4, 50 * GIGA
+"""The paper's machine, which plans are made for unless told otherwise: two adapters of 200 Gb/s a node."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ from torch import nn
 
 from prelora import surgery
 from prelora.analysis.hollow import hollow_copy
-from prelora.analysis.plan import Execution
+from prelora.analysis.plan import planned_execution
 from prelora.config import PreLoRAConfig
 from prelora.nn.deferred_grads import defer_lora_grads
 from prelora.targets import Target
-
-PHASES = ("full", "warmup", "lora")
 
 
 @dataclass(frozen=True)
@@ -41,11 +39,6 @@ class PhaseModel:
     def trainable(self) -> int:
         """Parameters that train."""
         return self.elements(lora=False, trainable_only=True) + self.elements(lora=True, trainable_only=True)
-
-
-def planned_execution(config: PreLoRAConfig) -> Execution:
-    """How LoRA layers compute while they train on a GPU, where a step is large enough for merging to be cheaper."""
-    return "two_path" if config.execution == "two_path" or config.lora_dropout > 0 else "merged"
 
 
 def phase_models(

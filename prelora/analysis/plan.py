@@ -23,9 +23,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from prelora.analysis.hollow import hollow_copy
-from prelora.config import Freeze
+from prelora.config import Freeze, PreLoRAConfig
 
 Execution = Literal["merged", "two_path"]
+
+
+def planned_execution(config: PreLoRAConfig) -> Execution:
+    """How LoRA layers compute while they train, as a plan counts them; each layer decides for itself in the end.
+
+    A step is taken to be large enough for merging to be cheaper.
+    """
+    return "two_path" if config.execution == "two_path" or config.lora_dropout > 0 else "merged"
 
 
 class TargetLike(Protocol):

@@ -13,21 +13,21 @@ import tyro
 from torch import nn
 from torch.optim import Optimizer
 
-from prelora.analysis.hardware import GIGA, GPUS, Cluster
+from prelora.analysis.hardware import GIGA, GPUS, PAPERS_GPU, PAPERS_INTER, PAPERS_PER_NODE, Cluster
 from prelora.analysis.plan import count_model
 from prelora.analysis.plan_table import describe_phases, describe_setup, describe_times
 from prelora.analysis.planner import Plan, Setup, make_plan
 from prelora.analysis.records import load_run
 from prelora.analysis.roofline import Reach
-from prelora.analysis.run_time import IMAGENET_1K, Schedule, run_time
+from prelora.analysis.run_time import Schedule, run_time
 from prelora.analysis.simulation import SimulatedPhase, simulate
 from prelora.analysis.simulation_table import describe_simulation
 from prelora.config import Freeze, PreLoRAConfig
+from prelora.data import imagenet
+from prelora.precision import Precision
 from prelora.targets import Target, find_targets
 from prelora.train.config import ModelConfig
 from prelora.train.model import build_model
-
-IMAGENET_CLASSES, CHANNELS = 1000, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +61,19 @@ class PlanOptions:
     """Images per GPU and micro-batch."""
     accumulate: int = 1
     """Micro-batches per optimizer step."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Precision = "bf16"
     """Of the products; the weights are fp32 always."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     compress: bool = False
     """DDP's gradients travel in bf16."""
     bucket_view: bool = True
     """DDP's gradients are views of its buckets."""
-    gpu: Literal["A100-40GB", "A100-80GB", "H100-80GB", "H200-141GB"] = "A100-40GB"
+    gpu: Literal["A100-40GB", "A100-80GB", "H100-80GB", "H200-141GB"] = PAPERS_GPU
     gpus: int = 64
-    gpus_per_node: int = 4
+    gpus_per_node: int = PAPERS_PER_NODE
     intra: float | None = None
     """GB/s in each direction between the GPUs of a node; None: the GPU's NVLink."""
-    inter: float = 50.0
+    inter: float = PAPERS_INTER / GIGA
     """GB/s in each direction of a node's network adapters together; two of 200 Gb/s by default."""
     reach_compute: float = Reach.compute
     """Share of the data sheet's FLOP/s that matrix products reach."""
@@ -90,7 +90,7 @@ class PlanOptions:
     """Epochs in FULL."""
     warmup_epochs: int = 10
     """Epochs in WARMUP."""
-    images: int = IMAGENET_1K
+    images: int = imagenet.TRAIN_IMAGES
     """Training images."""
     simulate: bool = False
     """Also take a step of each phase as one of the GPUs, on fake tensors: the real DDP and switch (DDP only)."""
@@ -108,7 +108,7 @@ def main(arguments: Sequence[str]) -> str:
     options = tyro.cli(PlanOptions, args=arguments, prog="prelora plan")
     with torch.device("meta"):
         sizes = ModelConfig(name=options.model, image_size=options.image_size)
-        model = build_model(sizes, classes=IMAGENET_CLASSES, channels=CHANNELS)
+        model = build_model(sizes, classes=imagenet.CLASSES, channels=imagenet.CHANNELS)
     targets = find_targets(model)
     ranks = _ranks(options, targets)
     config = PreLoRAConfig(
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str]) -> str:
         log_updates=options.log_updates,
     )
     setup, schedule = _setup(options), _schedule(options)
-    image = (CHANNELS, options.image_size, options.image_size)
+    image = (imagenet.CHANNELS, options.image_size, options.image_size)
     counted = count_model(model, targets, torch.empty(1, *image, device="meta"), freeze=config.freeze)
     plan = make_plan(model, targets, ranks, config, counted, setup, image=image)
     simulated = _simulate(options, model, targets, ranks, config, image) if options.simulate else None

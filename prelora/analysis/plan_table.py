@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 
 from prelora.analysis.footprint import ITEMS
 from prelora.analysis.hardware import GIGA, GPUS
-from prelora.analysis.phases import PHASES
 from prelora.analysis.planner import PhasePlan, Plan
+from prelora.analysis.records import PHASES
 from prelora.analysis.run_time import RunTime, Schedule
 
 LABEL, CELL = 34, 14

@@ -10,12 +10,13 @@ from torch import nn
 
 from prelora.analysis.activations import saved_for_backward
 from prelora.analysis.footprint import Footprint, Holding, Strategy, footprint, optimizer_state_bytes
-from prelora.analysis.hardware import GIGA, GPUS, Cluster
+from prelora.analysis.hardware import GIGA, GPUS, PAPERS_GPU, Cluster
 from prelora.analysis.network import all_reduce_seconds, bucket_bytes, exposed_seconds, gather_seconds
-from prelora.analysis.phases import PhaseModel, phase_models, planned_execution
-from prelora.analysis.plan import ModelFlops, TargetCost
+from prelora.analysis.phases import PhaseModel, phase_models
+from prelora.analysis.plan import ModelFlops, TargetCost, planned_execution
 from prelora.analysis.roofline import Reach, count_step, seconds
 from prelora.config import PreLoRAConfig
+from prelora.sharding import blocks
 from prelora.targets import Target
 
 
@@ -42,7 +43,7 @@ class Setup:
     """DDP's gradient_as_bucket_view."""
     compressed: bool = False
     """DDP's gradients travel in bf16."""
-    gpu: str = "A100-40GB"
+    gpu: str = PAPERS_GPU
     cluster: Cluster
     reach: Reach = field(default_factory=Reach)
     reserve: float = 2 * GIGA
@@ -202,8 +203,7 @@ def _buckets(phase: PhaseModel, setup: Setup) -> list[int]:
 
 def _units(phase: PhaseModel) -> int:
     """Modules that FSDP gathers one after another: the blocks and the root."""
-    stacks = [module for module in phase.model.modules() if isinstance(module, (nn.ModuleList, nn.Sequential))]
-    return 1 + max((len(stack) for stack in stacks), default=0)
+    return 1 + len(blocks(phase.model))
 
 
 def _step_time(
@@ -217,10 +217,10 @@ def _step_time(
     if setup.strategy == "ddp":
         reductions = [all_reduce_seconds(size, cluster) for size in buckets]
         return StepTime(forward, backward, update, sum(reductions), exposed_seconds(reductions, backward))
-    blocks = _units(phase)
-    gather, scatter = gather_seconds(parameters / blocks, cluster), gather_seconds(sum(buckets) / blocks, cluster)
-    gathers = [gather] * blocks * setup.accumulate
-    both = [gather] * blocks * (setup.accumulate - 1) + [gather + scatter] * blocks
+    units = _units(phase)
+    gather, scatter = gather_seconds(parameters / units, cluster), gather_seconds(sum(buckets) / units, cluster)
+    gathers = [gather] * units * setup.accumulate
+    both = [gather] * units * (setup.accumulate - 1) + [gather + scatter] * units
     exposed = exposed_seconds(gathers, forward) + exposed_seconds(both, backward)
     return StepTime(forward, backward, update / cluster.gpus, sum(gathers) + sum(both), exposed)
 

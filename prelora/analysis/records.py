@@ -47,6 +47,9 @@ class RunInfo:
     world_size: int
     parameters: int
     """Parameters of the model, without LoRA."""
+    classes: int
+    channels: int
+    """Of the images."""
     targets: tuple[TargetInfo, ...]
     epochs: int
     """Planned."""
@@ -242,6 +245,8 @@ def _run_info(raw: Mapping[str, Any]) -> RunInfo:
         device=raw["device"],
         world_size=raw["world_size"],
         parameters=raw["parameters"],
+        classes=raw["classes"],
+        channels=raw["channels"],
         targets=tuple(_target(target) for target in raw["targets"]),
         epochs=raw["epochs"],
         global_batch=raw["global_batch"],

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from prelora.analysis.plan import Execution, ModelFlops, PhaseFlops
+from prelora.analysis.plan import Execution, ModelFlops, PhaseFlops, planned_execution
 from prelora.analysis.records import Run
 from prelora.analysis.replay import ranks_without_shapes
 from prelora.analysis.replay_log import NormLog
@@ -18,12 +18,9 @@ from prelora.config import PreLoRAConfig
 from prelora.controller import parameter_counts
 from prelora.ranks import LayerShape, assign_ranks
 from prelora.targets import base_parameters
-from prelora.train.build import config_execution, config_flops, config_targets
+from prelora.train.build import config_flops, config_targets
 from prelora.train.config import load_yaml
 from prelora.train.model import build_model
-
-ONE_CHANNEL = ("digits",)
-"""Data whose images are grey; those of all other sources have three channels."""
 
 
 @dataclass(frozen=True)
@@ -75,12 +72,9 @@ def count_sizes(log: NormLog, config: PreLoRAConfig) -> Sizes | None:
     if log.run is None or log.folder is None or not (log.folder / "config.yaml").exists():
         return None
     asked = dataclasses.replace(load_yaml(log.folder / "config.yaml"), prelora=config)
-    channels = 1 if asked.data.name in ONE_CHANNEL else 3
+    channels = log.run.info.channels
     with torch.device("meta"):
-        # run.json does not say how many classes there are, but how many parameters.
-        two, three = (parameter_counts(build_model(asked.model, classes=n, channels=channels))[1] for n in (2, 3))
-        classes = 2 + (log.run.info.parameters - two) // (three - two)
-        model = build_model(asked.model, classes=classes, channels=channels)
+        model = build_model(asked.model, classes=log.run.info.classes, channels=channels)
     parameters = parameter_counts(model)[1]
     if parameters != log.run.info.parameters:
         raise ValueError(
@@ -90,7 +84,7 @@ def count_sizes(log: NormLog, config: PreLoRAConfig) -> Sizes | None:
     targets = config_targets(asked, model)
     base = base_parameters(targets)
     replaced = sum(parameter.numel() for name, parameter in model.named_parameters() if name in base)
-    return Sizes(parameters, replaced, config_flops(asked, model, targets, channels), config_execution(asked))
+    return Sizes(parameters, replaced, config_flops(asked, model, targets, channels), planned_execution(config))
 
 
 def replayed_ranks(

@@ -6,11 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prelora.analysis.phases import PHASES
 from prelora.analysis.planner import Plan
-
-IMAGENET_1K = 1_281_167
-"""Training images."""
+from prelora.analysis.records import PHASES
+from prelora.data import imagenet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +24,7 @@ class Schedule:
     """Epochs in FULL."""
     warmup: int = 10
     """Epochs in WARMUP."""
-    images: int = IMAGENET_1K
+    images: int = imagenet.TRAIN_IMAGES
     """Training images of an epoch."""
 
     def __post_init__(self) -> None:

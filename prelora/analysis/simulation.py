@@ -21,7 +21,7 @@ from prelora import distributed, optim, surgery
 from prelora.analysis.activations import DEVICE, fake_batch, step_loss
 from prelora.analysis.hollow import hollow_copy
 from prelora.analysis.live_bytes import LiveBytes, RealIntegers
-from prelora.analysis.phases import planned_execution
+from prelora.analysis.plan import planned_execution
 from prelora.config import PreLoRAConfig
 from prelora.nn.deferred_grads import defer_lora_grads, lora_grads_from_weights
 from prelora.targets import Target

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from prelora.analysis.hardware import GIGA, GPUS
-from prelora.analysis.phases import PHASES
 from prelora.analysis.plan_table import row
 from prelora.analysis.planner import PhasePlan, Plan
+from prelora.analysis.records import PHASES
 from prelora.analysis.simulation import SimulatedPhase
 
 CELL = 30

@@ -9,7 +9,7 @@ from typing import Any
 
 from prelora.data import manifest
 from prelora.data.encoded import decode, image_size
-from prelora.data.storage import Storage, UnusableError, open_splits
+from prelora.data.storage import Storage, UnusableError, open_splits, read_sample
 
 
 def check_data(path: Path, out: Path | None, jobs: int) -> int:
@@ -46,14 +46,12 @@ def check_data(path: Path, out: Path | None, jobs: int) -> int:
 def _line(storage: Storage, index: int) -> dict[str, Any]:
     line: dict[str, Any] = {"name": storage.name(index), "sha256": "", "bytes": 0, "width": 0, "height": 0}
     try:
-        data = storage.read(index)
+        data = read_sample(storage, index)
         line |= {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
         line["height"], line["width"] = image_size(data)
         decode(data)
     except UnusableError as error:
         return line | {"problem": str(error)}
-    except OSError as error:
-        return line | {"problem": error.strerror or str(error)}
     return line | {"problem": None}
 
 

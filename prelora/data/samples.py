@@ -10,7 +10,7 @@ from typing import TypeVar
 from prelora.data.encoded import image_size
 from prelora.data.manifest import Facts, verify
 from prelora.data.quarantine import Quarantine
-from prelora.data.storage import Storage, UnusableError
+from prelora.data.storage import Storage, UnusableError, read_sample
 from prelora.errors import DataError
 
 T = TypeVar("T")
@@ -63,10 +63,7 @@ class Samples:
         Raises:
             UnusableError: it is missing, cut, not an image or not what the manifest knows.
         """
-        try:
-            data = self.storage.read(index)
-        except OSError as error:
-            raise UnusableError(error.strerror or str(error)) from error
+        data = read_sample(self.storage, index)
         if self._facts is not None:
             verify(data, self._facts[index])
         return Encoded(index, data, *image_size(data), int(self.storage.labels[index]))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
+
+from prelora.files import replacing
 
 NUMBERS = ("archive", "offset", "size", "label")
 
@@ -109,12 +109,5 @@ def _walked(archives: list[Path], walk: Walk) -> Index:
 def _write(kept: Path, index: Index, state: str) -> None:
     """Args: state: of the archives, by which the index is known to be theirs."""
     key = np.frombuffer(json.dumps(index.key).encode(), dtype=np.uint8)
-    # Each of several ranks writes a file of its own; the last to finish stays, and all are alike.
-    handle, part = tempfile.mkstemp(dir=kept.parent, prefix=kept.name, suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(kept) as part:
         save_file({name: getattr(index, name) for name in NUMBERS} | {"key": key}, part, {"archives": state})
-        os.chmod(part, 0o644)
-        os.replace(part, kept)
-    finally:
-        Path(part).unlink(missing_ok=True)

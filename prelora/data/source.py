@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prelora.data import imagenet
+
 Batches = Iterator[tuple[Tensor, Tensor]]
 SourceName = Literal["digits", "images", "synthetic"]
 LoaderName = Literal["auto", "dali", "plain"]
@@ -59,9 +61,9 @@ def build_source(
     rand_augment: tuple[int, float] | None = None,
     loader: LoaderName = "auto",
     max_quarantined: int = 32,
-    classes: int = 1000,
-    train_samples: int = 1_281_167,
-    eval_samples: int = 50_000,
+    classes: int = imagenet.CLASSES,
+    train_samples: int = imagenet.TRAIN_IMAGES,
+    eval_samples: int = imagenet.EVAL_IMAGES,
     device: torch.device | None = None,
 ) -> Source:
     """The source by name.

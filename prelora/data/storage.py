@@ -39,6 +39,18 @@ class Storage(Protocol):
         ...
 
 
+def read_sample(storage: Storage, index: int) -> bytes:
+    """The encoded image.
+
+    Raises:
+        UnusableError: it cannot be read, or what was read is not what was written.
+    """
+    try:
+        return storage.read(index)
+    except OSError as error:
+        raise UnusableError(error.strerror or str(error)) from error
+
+
 def open_storage(path: Path, split: str, listed: frozenset[str] = frozenset()) -> Storage:
     """The split of the images at ``path``, in whichever layout it is.
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prelora.ops import lora_linear_backward, lora_merge
+from prelora.ops.lora_linear import gradients, kept_for_backward
+from prelora.ops.lora_merge import lora_merge
 
 
 def lora_linear_merged_again(
@@ -42,20 +43,16 @@ class _MergedAgain(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, layout: Any, dtype: torch.dtype
     ) -> Tensor:
         need_x, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        only_b = need_b and not (need_a or need_weight)
-        s = F.linear(x, a.to(dtype)) if only_b else None
         ctx.need = [need_x, need_weight, bias is not None and need_bias, need_a, need_b]
         ctx.layout, ctx.dtype = layout, dtype
-        ctx.save_for_backward(x if need_weight or need_a else None, s, weight if need_x else None, a, b)
+        ctx.save_for_backward(*kept_for_backward(x, a, ctx.need), weight if need_x else None, a, b)
         return F.linear(x, _merge(weight, a, b, layout, dtype), None if bias is None else bias.to(dtype))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, s, weight, lora_a, lora_b = ctx.saved_tensors
         w_eff = None if weight is None else _merge(weight, lora_a, lora_b, ctx.layout, ctx.dtype)
-        grads = iter(lora_linear_backward(dy, x, s, w_eff, lora_a, lora_b, *ctx.layout, ctx.need))
-        dx, dw, dbias, da, db = (next(grads) if needed else None for needed in ctx.need)
-        return dx, dw, dbias, da, db, None, None
+        return *gradients(dy, (x, s, w_eff, lora_a, lora_b), ctx.layout, ctx.need), None, None
 
 
 def _merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, layout: Any, dtype: torch.dtype) -> Tensor:

@@ -126,18 +126,36 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     need_x, need_w_eff, need_weight, need_bias, need_a, need_b = ctx.needs_input_grad[:6]
     if need_w_eff:
         raise ValueError("lora_linear: w_eff must not require a gradient; it reaches W, A and B instead")
-    keep_s = need_b and not (need_a or need_weight)
-    with torch.no_grad():
-        s = F.linear(x, lora_a.to(x.dtype)) if keep_s else None
     ctx.need = [need_x, need_weight, bias is not None and need_bias, need_a, need_b]
     ctx.layout = (rows, ranks, scaling)
-    ctx.save_for_backward(x if need_weight or need_a else None, s, w_eff if need_x else None, lora_a, lora_b)
+    ctx.save_for_backward(*kept_for_backward(x, lora_a, ctx.need), w_eff if need_x else None, lora_a, lora_b)
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = iter(lora_linear_backward(dy, *ctx.saved_tensors, *ctx.layout, ctx.need))
-    dx, dw, dbias, da, db = (next(grads) if needed else None for needed in ctx.need)
+    dx, dw, dbias, da, db = gradients(dy, ctx.saved_tensors, ctx.layout, ctx.need)
     return dx, None, dw, dbias, da, db, None, None, None
+
+
+@torch.no_grad()
+def kept_for_backward(x: Tensor, lora_a: Tensor, need: Sequence[bool]) -> tuple[Tensor | None, Tensor | None]:
+    """x and S as far as ``lora_linear_backward`` takes them: x for dW and dA; S alone where only B trains."""
+    _, need_weight, _, need_a, need_b = need
+    if need_weight or need_a:
+        return x, None
+    return None, F.linear(x, lora_a.to(x.dtype)) if need_b else None
+
+
+def gradients(
+    dy: Tensor, saved: Sequence[Tensor | None], layout: tuple[Any, ...], need: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """dx, dW, db, dA and dB, None where not needed.
+
+    Args:
+        saved: x, S, W_eff, A and B, as ``lora_linear_backward`` takes them.
+        layout: rows, ranks and scaling.
+    """
+    grads = iter(lora_linear_backward(dy, *saved, *layout, need))
+    return tuple(next(grads) if needed else None for needed in need)
 
 
 def _cast(dtype: torch.dtype, x: Tensor, w_eff: Tensor, *rest: Any) -> tuple[Any, ...]:

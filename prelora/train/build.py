@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import prelora
 from prelora import distributed, sharding
-from prelora.analysis.plan import Execution, ModelFlops, count_model
+from prelora.analysis.plan import ModelFlops, count_model
 from prelora.config import PreLoRAConfig
 from prelora.controller import PreLoRA, parameter_counts
 from prelora.data import Source, build_source
@@ -121,12 +121,6 @@ def config_targets(config: TrainConfig, model: nn.Module) -> tuple[Target, ...]:
     return find_targets(model, None if config.targets == "family" else config.targets)
 
 
-def config_execution(config: TrainConfig) -> Execution:
-    """How the LoRA layers compute while they train, for counting FLOPs; each layer decides for itself in the end."""
-    two_path = config.prelora.execution == "two_path" or config.prelora.lora_dropout > 0
-    return "two_path" if two_path else "merged"
-
-
 def config_flops(config: TrainConfig, model: nn.Module, targets: Sequence[Target], channels: int) -> ModelFlops:
     """FLOPs per image, counted on the meta device."""
     image = torch.empty(1, channels, config.model.image_size, config.model.image_size, device="meta")
@@ -153,6 +147,8 @@ def run_facts(config: TrainConfig, parts: Parts, flops: ModelFlops, peak: float)
         "device": str(parts.device),
         "world_size": distributed.world_size(),
         "parameters": parameter_counts(model)[1],
+        "classes": parts.source.classes,
+        "channels": parts.source.channels,
         "targets": targets,
         "epochs": config.epochs,
         "global_batch": parts.global_batch,

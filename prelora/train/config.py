@@ -16,10 +16,10 @@ import dacite
 import yaml
 
 from prelora.config import PreLoRAConfig
+from prelora.data import imagenet
 from prelora.data.source import LoaderName, SourceName
 from prelora.files import replace_text
-
-Precision = Literal["fp32", "bf16", "fp16"]
+from prelora.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,10 @@ class DataConfig:
     cutmix: float = 0.0
     """Beta distribution's parameter; 0: no cutmix."""
     label_smoothing: float = 0.0
-    classes: int = 1000
+    classes: int = imagenet.CLASSES
     """For synthetic: how many it pretends to have, as in the next two."""
-    train_samples: int = 1_281_167
-    eval_samples: int = 50_000
+    train_samples: int = imagenet.TRAIN_IMAGES
+    eval_samples: int = imagenet.EVAL_IMAGES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,19 +9,16 @@ import torch
 from torch import nn
 
 from prelora import surgery
-from prelora.analysis.hardware import GPUS, Cluster
-from prelora.analysis.plan import ModelFlops
+from prelora.analysis.hardware import GPUS, PAPERS_GPU, PAPERS_INTER, PAPERS_PER_NODE, Cluster
+from prelora.analysis.plan import ModelFlops, planned_execution
 from prelora.analysis.plan_table import describe_phases
 from prelora.analysis.planner import Setup, make_plan
 from prelora.controller import parameter_counts
+from prelora.data import imagenet
 from prelora.targets import Target, by_group
-from prelora.train.build import build_config_source, config_execution, config_flops, config_targets
+from prelora.train.build import build_config_source, config_flops, config_targets
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
-
-IMAGENET_1K = (1_281_167, 1000, 3)  # training images, classes, channels
-GPU, PER_NODE, NODE_LINK = "A100-40GB", 4, 50e9
-"""The paper's, against whose memory batches are held; ``prelora plan`` takes others."""
 
 
 def describe(config: TrainConfig, gpus: int) -> str:
@@ -66,7 +63,7 @@ def _by_rank(config: TrainConfig, model: nn.Module, targets: Sequence[Target], c
         "uniform   trains in LORA       gradients     GFLOP an image,           the most that",
         "rank      M (of the base)      MB a step     FULL → LORA               LORA can gain",
     ]
-    execution = config_execution(config)
+    execution = planned_execution(pre)
     total = parameter_counts(model)[1]
     for rank in sorted({pre.r_min, min(pre.r_max, 4 * pre.r_min), pre.r_max}):
         adapted, ranks = copy.deepcopy(model), {target.name: rank for target in targets}
@@ -93,14 +90,14 @@ def _of_one_gpu(
         ema=config.ema_decay is not None,
         strategy=config.distributed.strategy,
         compressed=config.distributed.compress == "bf16",
-        gpu=GPU,
-        cluster=Cluster(gpus=gpus, per_node=PER_NODE, intra=GPUS[GPU].link, inter=NODE_LINK),
+        gpu=PAPERS_GPU,
+        cluster=Cluster(gpus=gpus, per_node=PAPERS_PER_NODE, intra=GPUS[PAPERS_GPU].link, inter=PAPERS_INTER),
     )
     ranks = {target.name: config.prelora.r_max for target in targets}
     image = (channels, config.model.image_size, config.model.image_size)
     plan = make_plan(model, targets, ranks, config.prelora, counted, setup, image=image, timed=False)
     return [
-        f"one of {gpus} GPUs, held against {GPU}, at rank {config.prelora.r_max} everywhere:",
+        f"one of {gpus} GPUs, held against {PAPERS_GPU}, at rank {config.prelora.r_max} everywhere:",
         *describe_phases(plan),
         "prelora plan predicts times too, for other GPUs and networks",
     ]
@@ -129,6 +126,7 @@ def _phases(config: TrainConfig) -> list[str]:
 
 def _data_facts(config: TrainConfig) -> tuple[int, int, int, str]:
     if config.data.name == "images" and not (config.data.path and config.data.path.is_dir()):
-        return *IMAGENET_1K, f"{config.data.path} is not here, ImageNet-1k assumed"
+        assumed = imagenet.TRAIN_IMAGES, imagenet.CLASSES, imagenet.CHANNELS
+        return *assumed, f"{config.data.path} is not here, ImageNet-1k assumed"
     source = build_config_source(config, torch.device("cpu"))
     return source.train_samples, source.classes, source.channels, config.data.name

@@ -17,6 +17,7 @@ from prelora import surgery
 from prelora.checkpoint import best, checkpoints, load_checkpoint, newest_valid
 from prelora.controller import logits
 from prelora.errors import CheckpointError, PreLoRAWarning
+from prelora.files import replacing
 from prelora.targets import from_dicts
 from prelora.train import run_dir
 from prelora.train.config import TrainConfig, from_dict
@@ -62,25 +63,22 @@ def export_merged(
     merged = surgery.merged_state_dict(trained)
     out = out or run / "export" / f"merged{'_ema' if ema else ''}.safetensors"
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f"{out.name}.part")
     try:
-        save_file(
-            {name: tensor.contiguous() for name, tensor in merged.items()},
-            part,
-            metadata=_metadata(config, tree, path, ema),
-        )
-        stock = build_model(config.model, classes=classes, channels=channels)
-        stock.load_state_dict(load_file(part), strict=True)
-        difference = _difference(trained, stock, config.model.image_size, channels)
-        if not difference <= RELATIVE_TOLERANCE:
-            raise ValueError(
-                f"merged logits differ by {difference:.3g} of their scale, over {RELATIVE_TOLERANCE:g}: {path}"
+        with replacing(out) as part:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in merged.items()},
+                part,
+                metadata=_metadata(config, tree, path, ema),
             )
-        part.rename(out)
+            stock = build_model(config.model, classes=classes, channels=channels)
+            stock.load_state_dict(load_file(part), strict=True)
+            difference = _difference(trained, stock, config.model.image_size, channels)
+            if not difference <= RELATIVE_TOLERANCE:
+                raise ValueError(
+                    f"merged logits differ by {difference:.3g} of their scale, over {RELATIVE_TOLERANCE:g}: {path}"
+                )
     except SafetensorError as error:  # how safetensors reports a full disk
         raise OSError(f"cannot write {out}: {error}") from error
-    finally:
-        part.unlink(missing_ok=True)
     return out, difference
 
 

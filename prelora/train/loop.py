@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prelora import distributed
-from prelora.analysis.plan import ModelFlops
+from prelora.analysis.plan import ModelFlops, planned_execution
 from prelora.checkpoint import (
     CheckpointError,
     checkpoint_path,
@@ -28,9 +28,10 @@ from prelora.checkpoint import (
 from prelora.controller import Event, logits, parameter_counts
 from prelora.data.sampler import train_batches
 from prelora.nn import merge_once
+from prelora.precision import autocast
 from prelora.sharded_checkpoint import save_together
 from prelora.train import accounting, memory, run_dir
-from prelora.train.build import Parts, config_execution, run_facts
+from prelora.train.build import Parts, run_facts
 from prelora.train.config import TrainConfig, save_yaml, to_dict
 from prelora.train.display import Display
 from prelora.train.evaluate import evaluate
@@ -261,7 +262,7 @@ class Trainer:
 
     def _flops_by_phase(self, ranks: dict[str, int]) -> dict[str, float]:
         train_lora_a = self.config.prelora.train_lora_a
-        return self.flops.phases(ranks, config_execution(self.config), train_lora_a).as_dict()
+        return self.flops.phases(ranks, planned_execution(self.config.prelora), train_lora_a).as_dict()
 
     def _phase_flops(self, phase: str, ranks: dict[str, int]) -> float:
         return self._flops_by_phase(ranks)[phase] if ranks else self.flops.full
@@ -314,10 +315,7 @@ class Trainer:
         return self.progress.epoch * self.parts.steps_per_epoch + self.progress.step
 
     def _autocast(self) -> AbstractContextManager[None]:
-        dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.config.precision]
-        if dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.parts.device.type, dtype)
+        return autocast(self.parts.device.type, self.config.precision)
 
     def _save(self, metric: float | None = None) -> None:
         """Write a checkpoint; all ranks fail alike."""

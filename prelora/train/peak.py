@@ -8,11 +8,10 @@ import torch
 import torch.distributed as dist
 
 from prelora import distributed
-from prelora.train.config import Precision
+from prelora.precision import DTYPES, Precision
 
 SIDES = {"cpu": 768, "cuda": 8192}
 REPEATS = 5
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def measure_peak(device: torch.device, precision: Precision) -> float:

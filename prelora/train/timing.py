@@ -26,11 +26,16 @@ class StepClock:
 
     def start(self) -> None:
         """A step begins: what lies before it belongs to no part."""
-        self._note("")
+        self.mark("")
 
     def mark(self, part: str) -> None:
         """The time since the last mark was spent on ``part``."""
-        self._note(part)
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append((part, event))
+        else:
+            self._marks.append((part, time.perf_counter()))
 
     def mark_when_computed(self, loss: Tensor, part: str) -> None:
         """Mark ``part`` when the backward pass from ``loss`` has computed everything, before it waits for other ranks.
@@ -40,7 +45,7 @@ class StepClock:
         """
 
         def queue(_: Tensor) -> None:
-            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._note(part))
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self.mark(part))
 
         loss.register_hook(queue)
 
@@ -54,11 +59,3 @@ class StepClock:
         del self._marks[:-1]
         taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
         return taken
-
-    def _note(self, part: str) -> None:
-        if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append((part, event))
-        else:
-            self._marks.append((part, time.perf_counter()))
