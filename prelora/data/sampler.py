@@ -18,15 +18,29 @@ def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
 
 
 def train_batches(
-    samples: int, seed: int, epoch: int, *, batch_size: int, rank: int, world_size: int, first: int, count: int
+    samples: int,
+    seed: int,
+    epoch: int,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    first: int,
+    count: int,
+    epochs_per_pass: int = 1,
 ) -> Iterator[np.ndarray]:
     """Indices of this rank's batches ``first`` to ``count`` − 1 of an epoch.
 
     Consecutive batches are dealt to the ranks in turn, so the same samples make up an optimizer step however it
     is split into ranks × micro-batches of the same total.
+
+    Args:
+        count: batches of an epoch, of this rank.
+        epochs_per_pass: epochs in one pass over the samples; the next one takes up where the one before ended.
     """
-    order = epoch_order(samples, seed, epoch)
-    for batch in range(first, count):
+    passes, part = divmod(epoch, epochs_per_pass)
+    order = epoch_order(samples, seed, passes)
+    for batch in range(part * count + first, (part + 1) * count):
         start = (batch * world_size + rank) * batch_size
         yield order[start : start + batch_size]
 

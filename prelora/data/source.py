@@ -13,7 +13,7 @@ from torch import Tensor
 from prelora.data import imagenet
 
 Batches = Iterator[tuple[Tensor, Tensor]]
-SourceName = Literal["digits", "images", "synthetic"]
+SourceName = Literal["digits", "idx", "images", "synthetic"]
 LoaderName = Literal["auto", "dali", "plain"]
 
 
@@ -69,7 +69,8 @@ def build_source(
     """The source by name.
 
     Args:
-        path: of ``images``: a directory with both splits as folders, tars or TFRecords, see ``prelora.data.storage``.
+        path: of ``images``: a directory with both splits as folders, tars or TFRecords, see ``prelora.data.storage``;
+            of ``idx``: one with MNIST's four files.
         image_size: side of the images in pixels.
         seed: of the augmentation.
         workers: of ``images``: threads of DALI, processes of the plain loader.
@@ -100,10 +101,16 @@ def build_source(
             device=device,
         )
     _refuse_options_of_images(name, path, rand_augment, loader)
-    if name == "digits":
-        from prelora.data.digits import Digits
+    if name == "idx":
+        from prelora.data.idx import idx
 
-        return Digits(image_size=image_size, seed=seed)
+        if path is None:
+            raise ValueError("data 'idx' needs a path: a directory with train-images-idx3-ubyte.gz and so on")
+        return idx(path, image_size=image_size, seed=seed)
+    if name == "digits":
+        from prelora.data.digits import digits
+
+        return digits(image_size=image_size, seed=seed)
     if name == "synthetic":
         from prelora.data.synthetic import Synthetic
 
@@ -115,7 +122,7 @@ def build_source(
             eval_samples=eval_samples,
             device=device,
         )
-    raise ValueError(f"data {name!r}: accepted are digits, images, synthetic")
+    raise ValueError(f"data {name!r}: accepted are digits, idx, images, synthetic")
 
 
 def _refuse_options_of_images(
@@ -123,5 +130,5 @@ def _refuse_options_of_images(
 ) -> None:
     given = {"path": path, "rand_augment": rand_augment, "loader": None if loader == "auto" else loader}
     for option, value in given.items():
-        if value is not None:
+        if value is not None and (name, option) != ("idx", "path"):
             raise ValueError(f"data {name!r} takes no {option}, got {value}: only 'images' does")

@@ -52,9 +52,10 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
 
     source = build_config_source(config, device)
     global_batch = config.data.batch_size * config.optim.accumulate * distributed.world_size()
-    steps = source.train_samples // global_batch
+    images = source.train_samples // config.data.epochs_per_pass
+    steps = images // global_batch
     if steps == 0:
-        raise ValueError(f"the global batch of {global_batch} is larger than the {source.train_samples} images")
+        raise ValueError(f"the global batch of {global_batch} is larger than the {images} images of an epoch")
     seed_all(config.seed)
     model = build_model(config.model, classes=source.classes, channels=source.channels).to(device)
     targets = config_targets(config, model)

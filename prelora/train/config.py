@@ -46,9 +46,12 @@ class DataConfig:
 
     name: SourceName = "digits"
     path: Path | None = None
-    """For images: a directory with train and val as class folders, tars (WebDataset) or TFRecords."""
+    """For images: a directory with train and val as class folders, tars (WebDataset) or TFRecords; for idx: one with
+    the four files of MNIST or Fashion-MNIST."""
     batch_size: int = 64
     """Images per rank and micro-batch."""
+    epochs_per_pass: int = 1
+    """Epochs in one pass over the training images: above 1, PreLoRA looks oftener than a large set is passed."""
     workers: int = 0
     """For images: DALI's threads, or the plain loader's processes, per rank."""
     loader: LoaderName = "auto"
@@ -121,6 +124,8 @@ class TrainConfig:
     method: Literal["prelora", "full"] = "prelora"
     """full: the baseline, monitored alike but never switched."""
     epochs: int = 30
+    eval_every: int = 1
+    """Evaluate after every so many epochs, and after the last."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Precision = "fp32"
@@ -160,12 +165,14 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
     (
         (
             "epochs",
+            "eval_every",
             "model.image_size",
             "model.patch_size",
             "model.embed_dim",
             "model.depth",
             "model.num_heads",
             "data.batch_size",
+            "data.epochs_per_pass",
             "optim.lr",
             "optim.clip_grad",
             "optim.accumulate",

@@ -58,12 +58,12 @@ class Display:
         self.close()
         if not self._enabled:
             return
-        scores = record["eval"]
+        score = f"{record['eval']['top1']:5.2f} %" if record["eval"] is not None else "   —   "
         spent = time.perf_counter() - self._epoch_began if self._epoch_began else record["seconds"]
         event = record["event"]
         print(
             f"epoch {record['epoch']:>3}/{self._epochs} {record['phase']:<6} loss {record['loss']:.4f}  "
-            f"top-1 {scores['top1']:5.2f} %  {record['img_per_s']:,.0f} img/s  "
+            f"top-1 {score}  {record['img_per_s']:,.0f} img/s  "
             f"ETA {_clock((self._epochs - record['epoch']) * spent)}  {event['reason']}",
             flush=True,
         )

@@ -133,6 +133,7 @@ class Trainer:
             world_size=distributed.world_size(),
             first=progress.step * config.optim.accumulate,
             count=parts.steps_per_epoch * config.optim.accumulate,
+            epochs_per_pass=config.data.epochs_per_pass,
         )
         batches = parts.source.train(list(indices), progress.epoch)
         self.display.start_epoch(progress.epoch + 1, self.pre.phase, progress.step)
@@ -275,8 +276,12 @@ class Trainer:
         """Evaluate, write the record, write the checkpoint."""
         record = self.progress.pending
         assert record is not None
-        record["eval"] = self._evaluate(self.pre.base_model)
-        record["ema_eval"] = self._evaluate(self.pre.ema.module) if self.pre.ema is not None else None
+        finished = self.progress.epoch
+        last = finished == self.config.epochs
+        evaluated = last or finished % self.config.eval_every == 0
+        record["eval"] = self._evaluate(self.pre.base_model) if evaluated else None
+        averaged = self.pre.ema.module if self.pre.ema is not None and evaluated else None
+        record["ema_eval"] = self._evaluate(averaged) if averaged is not None else None
         self.progress.pending = None
         for met in distributed.gather_json(dict(self.parts.source.quarantined)):
             self.progress.quarantined |= met
@@ -284,10 +289,8 @@ class Trainer:
         if log is not None:
             log.write(record)
         self.display.end_epoch(record)
-        finished = self.progress.epoch
-        last = finished == self.config.epochs
         if last or record["event"]["action"] != "none" or finished % self.config.checkpoint.every_epochs == 0:
-            self._save(metric=record["eval"]["top1"])
+            self._save(metric=record["eval"]["top1"] if evaluated else None)
         self.stopper.check()
 
     def _evaluate(self, model: nn.Module) -> dict[str, float]:
