@@ -49,7 +49,7 @@ def _split(path: Path, prefix: str) -> tuple[Tensor, Tensor]:
 
 
 def _array(path: Path, name: str, dimensions: int) -> np.ndarray:
-    """An IDX file's bytes: two zeros, the type (8: unsigned bytes), the dimensions, their big-endian sizes, the rest."""
+    """An IDX file: two zeros, the type (8: unsigned bytes), the dimensions, their big-endian sizes, the bytes."""
     found = next((file for file in (path / name, path / f"{name}.gz") if file.exists()), None)
     if found is None:
         raise DataError(f"{path} has neither {name} nor {name}.gz")
