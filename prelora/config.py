@@ -11,6 +11,7 @@ Freeze = Literal["targets", "all"]
 Aggregate = Literal["mean", "mean_abs"]
 Window = Literal["mean", "last"]
 Normalize = Literal["minmax", "quantile"]
+Assignment = Literal["change", "uniform", "reversed", "none"]
 Execution = Literal["auto", "merged", "two_path"]
 
 PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
@@ -69,6 +70,10 @@ class PreLoRAConfig:
     """Switch once this many epochs are finished, whatever the test says; None: never force it."""
     normalize: Normalize = "minmax"
     """How a group's changes become v in [0, 1] (Algorithm 2, line 10): min-max, or by quantile."""
+    assignment: Assignment = "change"
+    """Which layer gets which rank: Algorithm 2's, or a control to hold it against. ``uniform``: the same rank
+    everywhere, ``reversed``: Algorithm 2's ranks dealt out the other way round in each group, both with as many
+    parameters; ``none``: no LoRA, the base is frozen as it stands."""
     budget: float | None = None
     """Largest trainable share of the parameters in the LORA phase, in (0, 1]; None: as the ranks fall."""
     alpha: float | None = None
@@ -137,6 +142,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
+    "assignment": get_args(Assignment),
 }
 
 

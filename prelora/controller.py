@@ -330,7 +330,13 @@ class PreLoRA:
             self.switch_epoch, self.phase = self.epoch, "warmup"
             self.ranks = {target.name: ranks[target.name] for target in self.targets}
         if action.endswith("freeze"):
-            dropped = surgery.freeze(model, self.targets, self.config.freeze, train_lora_a=self.config.train_lora_a)
+            dropped = surgery.freeze(
+                model,
+                self.targets,
+                self.config.freeze,
+                train_lora_a=self.config.train_lora_a,
+                without_lora={name for name, rank in ranks.items() if rank == 0},
+            )
             released = self._released(model, dropped)
             added = {name: weight for name, weight in added.items() if name not in dropped}
             self.phase = "lora"

@@ -96,7 +96,8 @@ def assign_ranks(
         other_trainable: parameters that go on training beside LoRA, counted into the budget.
 
     Returns:
-        The rank by layer, in the order of ``changes``.
+        The rank by layer, in the order of ``changes``; with another ``config.assignment`` than ``"change"`` what that
+        makes of Algorithm 2's ranks.
 
     Raises:
         ValueError: an empty group, a layer in two groups, without a shape or too small for LoRA, or a budget that
@@ -132,7 +133,11 @@ def assign_ranks(
         ranks = wanted(_fit_budget(share, config.budget))
     result = capped(ranks)
     _warn_capped(result, ranks)
-    return result
+    if config.assignment == "uniform":
+        return capped(dict.fromkeys(result, _uniform_rank(result, shapes)))
+    if config.assignment == "reversed":
+        return capped(_reversed(result, changes))
+    return dict.fromkeys(result, 0) if config.assignment == "none" else result
 
 
 def _normalize(group: str, layers: Mapping[str, float], config: PreLoRAConfig) -> dict[str, float]:
@@ -165,6 +170,21 @@ def _fit_budget(share: Callable[[float], float], budget: float) -> float:
         middle = math.sqrt(low * high)
         low, high = (low, middle) if share(middle) <= budget else (middle, high)
     return high
+
+
+def _uniform_rank(ranks: Mapping[str, int], shapes: Mapping[str, LayerShape]) -> int:
+    """The largest rank that every layer can have with no more LoRA parameters than ``ranks`` take; at least 1."""
+    total = sum(shapes[layer].lora_parameters(rank) for layer, rank in ranks.items())
+    return max(1, total // sum(shapes[layer].lora_parameters(1) for layer in ranks))
+
+
+def _reversed(ranks: Mapping[str, int], changes: Mapping[str, Mapping[str, float]]) -> dict[str, int]:
+    """Each group's ranks, the largest to the layer that changed least."""
+    dealt: dict[str, int] = {}
+    for layers in changes.values():
+        still_first = sorted(layers, key=lambda layer: abs(layers[layer]))
+        dealt |= dict(zip(still_first, sorted((ranks[layer] for layer in layers), reverse=True), strict=True))
+    return {layer: dealt[layer] for layer in ranks}
 
 
 def _warn_capped(ranks: Mapping[str, int], wanted: Mapping[str, int]) -> None:

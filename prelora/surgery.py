@@ -6,7 +6,7 @@ All functions take the plain model (``prelora.distributed.unwrap``) and change i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ def inject(
 ) -> dict[str, str]:
     """Turn every target's Linear into a ``LoRALinear`` of its planned rank; the model's function is unchanged.
 
-    A is drawn from ``seed`` and the module's path alone: the same on every rank and device, and no global random
-    state moves.
+    A Linear whose planned ranks are 0 stays as it is. A is drawn from ``seed`` and the module's path alone: the same
+    on every rank and device, and no global random state moves.
 
     Args:
         device: where A and B go; None: where their weight is.
@@ -41,7 +41,7 @@ def inject(
         The new parameters' names, each with the name of the weight that it adapts.
 
     Raises:
-        ValueError: the plan and the targets name different layers.
+        ValueError: the plan and the targets name different layers, or only some slices of a Linear have rank 0.
         RuntimeError: LoRA is there already, or the model does not hold what was planned.
     """
     names = {target.name for target in targets}
@@ -52,6 +52,8 @@ def inject(
         linear = target_linear(model, slices[0])
         if isinstance(linear, LoRALinear):
             raise RuntimeError(f"{path} carries LoRA already: inject() once")
+        if not any(ranks[target.name] for target in slices):
+            continue
         layer = LoRALinear.from_linear(
             linear,
             [ranks[target.name] for target in slices],
@@ -67,7 +69,7 @@ def inject(
         if layer.weight is not linear.weight or not (layer.lora_B.is_meta or bool((layer.lora_B == 0).all())):
             raise RuntimeError(f"{path}: injection changed the function")
     group_merges(model)
-    realised = realised_ranks(model, targets)
+    realised = dict.fromkeys(ranks, 0) | realised_ranks(model, targets)
     if realised != dict(ranks):
         wrong = next(name for name in ranks if realised.get(name) != ranks[name])
         raise RuntimeError(f"{wrong}: realised rank {realised.get(wrong)}, planned {ranks[wrong]}")
@@ -88,21 +90,28 @@ def realised_ranks(model: nn.Module, targets: Sequence[Target]) -> dict[str, int
 
 
 def freeze(
-    model: nn.Module, targets: Sequence[Target], scope: Freeze = "targets", *, train_lora_a: bool = True
+    model: nn.Module,
+    targets: Sequence[Target],
+    scope: Freeze = "targets",
+    *,
+    train_lora_a: bool = True,
+    without_lora: Container[str] = (),
 ) -> list[str]:
     """Freeze the targets' weights and biases, or (``scope="all"``) everything but LoRA.
 
     Args:
         train_lora_a: False freezes every A as well (LoRA-FA).
+        without_lora: names of targets whose planned rank is 0.
 
     Returns:
         Names of the parameters that trained until now and do not any more.
 
     Raises:
-        RuntimeError: a target carries no LoRA, so nothing of it would train.
+        RuntimeError: a target carries no LoRA though it is planned, so nothing of it would train.
     """
     for path, slices in by_module(targets).items():
-        if not isinstance(target_linear(model, slices[0]), LoRALinear):
+        planned = any(target.name not in without_lora for target in slices)
+        if planned and not isinstance(target_linear(model, slices[0]), LoRALinear):
             raise RuntimeError(f"{path} carries no LoRA: inject() before freeze()")
     base = base_parameters(targets)
     frozen = []

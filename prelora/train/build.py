@@ -24,6 +24,7 @@ from prelora.targets import Target, find_targets, target_shape
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 from prelora.train.rng import seed_all
+from prelora.train.schedule import build_scheduler
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,6 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
         ValueError: the config's parts do not fit each other or the data.
     """
     from timm.optim import create_optimizer_v2
-    from timm.scheduler.cosine_lr import CosineLRScheduler
     from timm.utils.model_ema import ModelEmaV3
 
     source = build_config_source(config, device)
@@ -69,19 +69,12 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     optimizer = create_optimizer_v2(
         model, opt=config.optim.name, lr=config.optim.lr, weight_decay=config.optim.weight_decay
     )
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=config.epochs * steps,
-        lr_min=config.optim.min_lr,
-        warmup_t=config.optim.warmup_epochs * steps,
-        t_in_epochs=False,
-    )
     pre = PreLoRA(
         _wrap(model, config, device),
         optimizer,
         algorithm(config),
         targets=targets,
-        scheduler=scheduler,
+        scheduler=build_scheduler(optimizer, config, steps),
         ema=ema,
         total_steps=config.epochs * steps,
         seed=config.seed,

@@ -73,7 +73,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer (by timm's name) and schedule: linear warm-up, then cosine, by step."""
+    """Optimizer (by timm's name) and schedule: linear warm-up, then cosine, then if asked a cooldown, by step."""
 
     name: str = "adamw"
     lr: float = 1e-3
@@ -83,6 +83,10 @@ class OptimConfig:
     """On matrices only; biases, norms and LoRA have none."""
     warmup_epochs: int = 0
     """Epochs of the learning rate's linear warm-up."""
+    schedule_epochs: int | None = None
+    """Epochs after which the cosine ends; None: the run's."""
+    cooldown_epochs: int = 0
+    """Epochs at the run's end in which the rate goes linearly from the cosine's to ``min_lr``."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None: not clipped."""
     accumulate: int = 1
@@ -155,6 +159,11 @@ class TrainConfig:
                     raise ValueError(f"{name} = {value}: must be {accepted if math.isfinite(value) else 'finite'}")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below epochs = {self.epochs}")
+        if self.optim.warmup_epochs + self.optim.cooldown_epochs > self.epochs:
+            raise ValueError(
+                f"optim.cooldown_epochs = {self.optim.cooldown_epochs}: must leave epochs = {self.epochs} for "
+                f"optim.warmup_epochs = {self.optim.warmup_epochs}"
+            )
         if self.optim.min_lr > self.optim.lr:
             raise ValueError(f"optim.min_lr = {self.optim.min_lr}: must be at most optim.lr = {self.optim.lr}")
         if self.distributed.strategy == "fsdp" and self.distributed.compress != "none":
@@ -175,6 +184,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
             "data.epochs_per_pass",
             "optim.lr",
             "optim.clip_grad",
+            "optim.schedule_epochs",
             "optim.accumulate",
             "checkpoint.every_steps",
             "checkpoint.every_epochs",
@@ -192,6 +202,7 @@ _RANGES: tuple[tuple[tuple[str, ...], str, Callable[[float], bool]], ...] = (
             "optim.min_lr",
             "optim.weight_decay",
             "optim.warmup_epochs",
+            "optim.cooldown_epochs",
         ),
         "at least 0",
         lambda value: value >= 0,

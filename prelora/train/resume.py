@@ -26,7 +26,7 @@ def check_resumable(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None
     Raises:
         CheckpointError: naming the first field that differs and may not, with both values.
     """
-    theirs, ours = _flat(saved["config"]), _flat(config)
+    theirs, ours = flat(saved["config"]), flat(config)
     for key in [*ours, *theirs]:
         if key in FREE or key.partition(".")[0] in FREE or key in SPLIT:
             continue
@@ -71,8 +71,9 @@ def _batch(config: Mapping[str, Any], ranks: int) -> tuple[int, str]:
     return total, f"{total} = {images} images × {accumulated} accumulated × {ranks} rank(s)"
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    keyed: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        keyed |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return keyed

@@ -1,0 +1,183 @@
+"""The finished runs' logs as small tables under ``results/``: what ``prelora figures`` and docs/results.md are made of.
+
+``python experiments/collect.py`` writes all; ``run.py`` does so after each data set.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from declaration import ROOT, Dataset, Variant, load_grid
+from step_times import COLUMNS, read_times
+
+from prelora.analysis.records import Run, load_run
+from prelora.analysis.replay import replay
+from prelora.analysis.replay_log import load_log
+from prelora.analysis.summary import group_means
+from prelora.train import run_dir
+from prelora.train.config import load_yaml
+from prelora.train.fork import forked_after
+
+RESULTS = ROOT / "results"
+PACKAGES = ("torch", "timm", "numpy", "prelora")
+
+
+def finished(folder: Path) -> bool:
+    """Whether the run in ``folder`` has trained its last epoch."""
+    if not (folder / run_dir.RUN).exists():
+        return False
+    run = load_run(folder)
+    return len(run.epochs) == run.info.epochs
+
+
+def collect(dataset: Dataset) -> None:
+    """Write the tables of a data set's finished runs; there must be one."""
+    runs = [
+        (variant, seed, dataset.folder(variant, seed))
+        for variant in dataset.variants
+        for seed in dataset.seeds
+        if finished(dataset.folder(variant, seed))
+    ]
+    tables: dict[str, list[dict[str, Any]]] = {"runs": [], "epochs": [], "norms": [], "layers": [], "ranks": []}
+    for variant, seed, folder in runs:
+        run, prefix, key = load_run(folder), forked_after(folder), {"variant": variant.name, "seed": seed}
+        tables["runs"].append(key | _run_row(variant, run, prefix, folder))
+        tables["epochs"] += [key | row for row in _epoch_rows(run, prefix)]
+        tables["norms"] += [key | row for row in _norm_rows(run, prefix)]
+        tables["ranks"] += [key | row for row in _rank_rows(run, folder)]
+        if variant.name == "full":
+            tables["layers"] += _layer_rows(run, seed)
+    out = RESULTS / dataset.name
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in tables.items():
+        _write(out / f"{name}.csv", list(rows[0]) if rows else [], (row.values() for row in rows))
+    times = read_times(dataset)
+    _write(out / "timing.csv", list(COLUMNS), (row.values() for row in times))
+    environment = json.dumps(_environment(dataset, load_run(runs[0][2])), indent=1)
+    (out / "environment.json").write_text(environment + "\n")
+    print(f"{out}: {len(runs)} of {len(dataset.variants) * len(dataset.seeds)} runs")
+
+
+def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str, Any]:
+    config = load_yaml(folder / run_dir.CONFIG)
+    switches = config.method == "prelora"
+    evaluated = [epoch.evaluation for epoch in run.epochs if epoch.evaluation is not None]
+    last = run.epochs[-1]
+    return {
+        "title": variant.title,
+        "epochs": run.info.epochs,
+        "switch_epoch": run.switch.epoch if run.switch is not None else None,
+        "freeze_epoch": run.freeze.epoch if run.freeze is not None else None,
+        "prefix_epochs": prefix,
+        "final_top1": evaluated[-1].top1,
+        "best_top1": max(evaluation.top1 for evaluation in evaluated),
+        "final_loss": last.loss,
+        "eval_loss": evaluated[-1].loss,
+        "step_seconds": sum(epoch.seconds for epoch in run.epochs),
+        "flops": sum(epoch.images * run.flops[epoch.phase] for epoch in run.epochs),
+        "parameters": run.info.parameters,
+        "trainable": last.trainable,
+        "lora_parameters": sum(
+            run.ranks[target.name] * (target.in_features + target.out_features)
+            for target in run.info.targets
+            if run.ranks
+        ),
+        "tau": config.prelora.tau if switches else None,
+        "zeta": config.prelora.zeta if switches else None,
+    }
+
+
+def _epoch_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:
+    for epoch in run.epochs[prefix:]:
+        memory = epoch.memory
+        yield {
+            "epoch": epoch.epoch,
+            "phase": epoch.phase,
+            "images": epoch.images,
+            "lr": epoch.lr,
+            "train_loss": epoch.loss,
+            "top1": epoch.evaluation.top1 if epoch.evaluation is not None else None,
+            "eval_loss": epoch.evaluation.loss if epoch.evaluation is not None else None,
+            "seconds": epoch.seconds,
+            "img_per_s": epoch.img_per_s,
+            "flops": epoch.images * run.flops[epoch.phase],
+            "trainable": epoch.trainable,
+            "memory_parameters": memory["weights"] + memory["lora"],
+            "memory_gradients": memory["gradients"],
+            "memory_optimizer": memory["optimizer"],
+            "memory_other": memory["w_eff"] + memory["ema"],
+            "peak_memory": epoch.peak_memory,
+        }
+
+
+def _norm_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:
+    norm = group_means(run, lambda epoch: epoch.norms)
+    base = group_means(run, lambda epoch: epoch.base_norms)
+    lora = group_means(run, lambda epoch: epoch.lora_norms)
+    update = group_means(run, lambda epoch: epoch.updates)
+    for place, epoch in enumerate(run.epochs):
+        for group in run.info.groups if place >= prefix else ():
+            values = {"norm": norm, "base_norm": base, "lora_norm": lora, "update": update}
+            row = {name: by_group[group][place] for name, by_group in values.items()}
+            yield {"epoch": epoch.epoch, "group": group} | row
+
+
+def _layer_rows(run: Run, seed: int) -> Iterable[dict[str, Any]]:
+    for epoch in run.epochs:
+        for target in run.info.targets:
+            where = {"seed": seed, "epoch": epoch.epoch, "group": target.group, "layer": target.layer}
+            yield where | {"norm": epoch.norms[target.name]}
+
+
+def _rank_rows(run: Run, folder: Path) -> Iterable[dict[str, Any]]:
+    changes = replay(load_log(folder), load_yaml(folder / run_dir.CONFIG).prelora).changes if run.ranks else {}
+    for target in run.info.targets if run.ranks else ():
+        change = changes.get(target.group, {}).get(target.name)
+        yield {"group": target.group, "layer": target.layer, "rank": run.ranks[target.name], "change": change}
+
+
+def _environment(dataset: Dataset, run: Run) -> dict[str, Any]:
+    revision = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return {
+        "cpu": run.info.environment["cpu"],
+        "cores": run.info.environment["cores"],
+        "threads": dataset.threads,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "collected_at": revision.stdout.strip(),
+        "command": f"python experiments/run.py --dataset {dataset.name}",
+    }
+
+
+def _write(path: Path, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_cell(value) for value in row] for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.6g}" if math.isfinite(value) else ""
+    return "" if value is None else value
+
+
+def main() -> int:
+    """Run the command line; returns 0."""
+    for dataset in load_grid():
+        if any(finished(dataset.folder(variant, seed)) for variant in dataset.variants for seed in dataset.seeds):
+            collect(dataset)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Train what ``grid.yaml`` declares, one process at a time; run it again to go on where it was stopped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from collect import collect, finished
+from declaration import ROOT, Dataset, Variant, load_grid
+from step_times import TIMED, equal_epochs, measure
+
+from prelora.analysis.replay import replay
+from prelora.analysis.replay_log import load_log
+from prelora.train import run_dir
+from prelora.train.config import TrainConfig, save_yaml
+from prelora.train.fork import FORK, fork
+
+
+def main() -> int:
+    """Run the command line; returns the exit code of the first run that failed, or 0."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dataset", action="append", help="only this one (may be repeated; default: all)")
+    parser.add_argument("--variant", action="append", help="only this one (may be repeated; default: all)")
+    parser.add_argument("--seed", type=int, action="append", help="only this one (may be repeated; default: all)")
+    parser.add_argument("--list", action="store_true", help="print each run and how far it is, and train nothing")
+    options = parser.parse_args()
+    for dataset in load_grid():
+        if options.dataset and dataset.name not in options.dataset:
+            continue
+        for variant in dataset.variants:
+            for seed in dataset.seeds:
+                wanted = (options.variant or [variant.name], options.seed or [seed])
+                if variant.name not in wanted[0] or seed not in wanted[1]:
+                    continue
+                if options.list:
+                    print(f"{dataset.name} {variant.name} seed {seed}: {_progress(dataset, variant, seed)}")
+                elif code := _train(dataset, variant, seed):
+                    return code
+        if not options.list:
+            collect(dataset)
+    return 0
+
+
+def _train(dataset: Dataset, variant: Variant, seed: int) -> int:
+    folder = dataset.folder(variant, seed)
+    config_file = folder / run_dir.CONFIG
+    if finished(folder):
+        return 0
+    if not (folder / FORK).exists():  # which is not there before the fork is whole
+        config = _config(dataset, variant, seed)
+        source = dataset.folder(dataset.variant("full"), seed)
+        start = _forked_from(variant, config, source)
+        if start:
+            fork(source, start, config)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_yaml(config, config_file)
+    print(f"{dataset.name}: {variant.title}, seed {seed}", flush=True)
+    command = [sys.executable, "-m", "prelora.train", "--config", str(config_file)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(dataset.threads)}
+    code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+    if code == 0 and variant.name in TIMED:
+        measure(dataset, variant, seed)
+    return code
+
+
+def _config(dataset: Dataset, variant: Variant, seed: int) -> TrainConfig:
+    """The run's config, with the epochs that another run of its seed decides."""
+    config = dataset.config(variant, seed)
+    if variant.equal_wall_clock is not None:
+        epochs = equal_epochs(dataset, dataset.variant(variant.equal_wall_clock), seed)
+        return dataclasses.replace(config, epochs=epochs)
+    if variant.stop_at_switch_of is not None:
+        other = dataset.config(dataset.variant(variant.stop_at_switch_of), seed)
+        switch = _switch(other, dataset.folder(dataset.variant("full"), seed))
+        optim = dataclasses.replace(
+            config.optim, schedule_epochs=config.epochs, cooldown_epochs=variant.cooldown_epochs
+        )
+        return dataclasses.replace(config, epochs=switch + variant.cooldown_epochs, optim=optim)
+    return config
+
+
+def _forked_from(variant: Variant, config: TrainConfig, source: Path) -> int:
+    """Epochs to take over from the full-rank run: up to a window before the switch, which the run then makes itself."""
+    if variant.stop_at_switch_of is not None:
+        return config.epochs - variant.cooldown_epochs
+    return _switch(config, source) - config.prelora.m if variant.fork else 0
+
+
+def _switch(config: TrainConfig, source: Path) -> int:
+    """The epoch after which ``config`` switches, by the log of the full-rank run of its seed."""
+    switch = replay(load_log(source), config.prelora).switch_epoch
+    return config.epochs if switch is None else switch
+
+
+def _progress(dataset: Dataset, variant: Variant, seed: int) -> str:
+    log = dataset.folder(variant, seed) / run_dir.METRICS
+    return f"{len(log.read_text().splitlines())} epochs" if log.exists() else "not begun"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
