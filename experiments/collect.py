@@ -1,6 +1,6 @@
 """The finished runs' logs as small tables under ``results/``: what ``prelora figures`` and docs/results.md are made of.
 
-``python experiments/collect.py`` writes all; ``run.py`` does so after each data set.
+``python -m experiments.collect`` writes all; ``run.py`` does so after each data set.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from declaration import ROOT, Dataset, Variant, load_grid
-from step_times import COLUMNS, read_times
-
+from experiments.declaration import ROOT, Dataset, Variant, load_grid
+from experiments.step_times import COLUMNS, read_times
 from prelora.analysis.records import Run, load_run
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
@@ -154,7 +153,7 @@ def _environment(dataset: Dataset, run: Run) -> dict[str, Any]:
         "threads": dataset.threads,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "collected_at": revision.stdout.strip(),
-        "command": f"python experiments/run.py --dataset {dataset.name}",
+        "command": f"python -m experiments.run --dataset {dataset.name}",
     }
 
 

@@ -9,10 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from collect import collect, finished
-from declaration import ROOT, Dataset, Variant, load_grid
-from step_times import TIMED, equal_epochs, measure
-
+from experiments.collect import collect, finished
+from experiments.declaration import ROOT, Dataset, Variant, load_grid
+from experiments.step_times import TIMED, equal_epochs, measure
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
 from prelora.train import run_dir

@@ -1,7 +1,7 @@
 """What an optimizer step takes in each phase: full, WARMUP and LORA in turns in one process, on the run's own ranks.
 
 The epochs' own seconds in a run's log are of a machine that may have had other things to do; ratios within a round of
-these are not. ``python experiments/step_times.py`` measures every finished run anew.
+these are not. ``python -m experiments.step_times`` measures every finished run anew.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from declaration import ROOT, RUNS, Dataset, Variant, load_grid
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
+from experiments.declaration import ROOT, RUNS, Dataset, Variant, load_grid
 from prelora import surgery
 from prelora.analysis.records import load_run
 from prelora.data.sampler import train_batches
@@ -41,7 +41,17 @@ COLUMNS = ("variant", "seed", "phase", "round", "seconds", "batch")
 
 def measure(dataset: Dataset, variant: Variant, seed: int) -> None:
     """Measure a finished run's steps in a process of their own, as its training was, and keep them beside the runs."""
-    command = [sys.executable, __file__, "--dataset", dataset.name, "--variant", variant.name, "--seed", str(seed)]
+    command = [
+        sys.executable,
+        "-m",
+        "experiments.step_times",
+        "--dataset",
+        dataset.name,
+        "--variant",
+        variant.name,
+        "--seed",
+        str(seed),
+    ]
     subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(dataset.threads)}, cwd=ROOT, check=True)
 
 

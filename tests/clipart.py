@@ -1,17 +1,12 @@
 """A small labelled tree of real JPEGs of varied sizes, from the clip art that Debian's openclipart-png installs."""
 
-from pathlib import Path
-
 import pytest
-from PIL import Image
 
-CLIPART = Path("/usr/share/openclipart/png")
+from experiments.clipart import CLIPART, distinct, on_white
+
 CLASSES = ("animals", "buildings", "food", "plants")
 SIDES = (96, 120, 150, 180, 225, 260)
 """Longer sides in pixels, in turn."""
-
-LARGEST = 200_000
-"""Bytes."""
 
 needs_clipart = pytest.mark.skipif(
     not CLIPART.is_dir(), reason=f"{CLIPART} is not there: apt-get install openclipart-png"
@@ -34,18 +29,3 @@ def make_clipart(root, classes=CLASSES, train=8, val=4):
                     root / split / name / f"{number:04}.jpg", quality=90
                 )
     return root
-
-
-def distinct(folder):
-    """The PNGs under ``folder`` in order, each only where it really lies: many are linked to from elsewhere.
-
-    A few are of more than 100 megapixels; the largest files are left out.
-    """
-    return sorted(path for path in folder.rglob("*.png") if path.resolve() == path and path.stat().st_size < LARGEST)
-
-
-def on_white(path, side):
-    """The picture without its alpha, no longer than ``side``."""
-    picture = Image.open(path).convert("RGBA")
-    picture.thumbnail((side, side))
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
