@@ -474,3 +474,21 @@ def test_either_execution_takes_a_run_through_all_phases_to_one_function(executi
     plain.load_state_dict(pre.merged_state_dict())
     x = models.images()
     torch.testing.assert_close(plain(x), pre.model(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_lora_the_warm_up_is_full_training_and_the_freeze_leaves_the_targets_as_they_stand():
+    pre, plain = (start(fields={"assignment": assignment, "warmup_epochs": 2, "tau": tau})
+                  for assignment, tau in (("none", 1e4), ("change", 1e-9)))  # fmt: skip
+    for each in (pre, plain):
+        epochs(each, 4)
+    assert pre.phase == "lora"
+    joint = {name: parameter.clone() for name, parameter in pre.base_model.named_parameters()}
+
+    epochs(pre, 2)
+
+    assert set(pre.ranks.values()) == {0}
+    frozen = {f"{target.path}.weight" for target in pre.targets}
+    for name, parameter in plain.base_model.named_parameters():
+        assert torch.equal(parameter, joint[name])
+    for name, parameter in pre.base_model.named_parameters():
+        assert torch.equal(parameter, joint[name]) == (name in frozen or not parameter.requires_grad)

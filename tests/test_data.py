@@ -85,6 +85,31 @@ def test_an_epoch_resumed_at_a_step_goes_on_with_what_it_had_not_seen(sizes, dat
     assert [step.tolist() for step in rest] == [step.tolist() for step in whole[done:]]
 
 
+@given(st.integers(1, 200), st.integers(1, 6), st.integers(1, 8), st.integers(0, 3))
+def test_the_epochs_of_a_pass_see_its_samples_once_and_in_its_order(samples, epochs_per_pass, batch_size, passes):
+    count = samples // epochs_per_pass // batch_size
+
+    seen = [
+        batch
+        for epoch in range(passes * epochs_per_pass, (passes + 1) * epochs_per_pass)
+        for batch in train_batches(
+            samples,
+            0,
+            epoch,
+            batch_size=batch_size,
+            rank=0,
+            world_size=1,
+            first=0,
+            count=count,
+            epochs_per_pass=epochs_per_pass,
+        )
+    ]
+
+    order = epoch_order(samples, 0, passes)
+    assert [len(batch) for batch in seen] == [batch_size] * (count * epochs_per_pass)
+    assert np.concatenate([*seen, order[:0]]).tolist() == order[: count * epochs_per_pass * batch_size].tolist()
+
+
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 1), (1, 0), (1, 1)])
 def test_another_seed_or_epoch_has_another_order(seed, epoch):
     assert not np.array_equal(epoch_order(SAMPLES, seed, epoch), epoch_order(SAMPLES, 0, 0))

@@ -358,3 +358,56 @@ class TestBudget:
 def test_changes_that_do_not_fit_the_layers_are_refused(changes, message):
     with pytest.raises(ValueError, match=f"^{message}"):
         assign_ranks(changes, {"a": BIG, "b": BIG}, PreLoRAConfig())
+
+
+# Controls: other assignments, to hold Algorithm 2's against.
+
+
+def assigned(groups, assignment, shapes=None, **fields):
+    """Ranks by layer of ``groups`` under an assignment."""
+    changes = {group: {f"{group}.{i}": change for i, change in enumerate(some)} for group, some in groups.items()}
+    shapes = shapes or {layer: BIG for layers in changes.values() for layer in layers}
+    return assign_ranks(changes, shapes, PreLoRAConfig(assignment=assignment, **fields))
+
+
+groups_of_changes = st.dictionaries(st.sampled_from("qkv"), spread(), min_size=1)
+
+
+@given(groups_of_changes, rank_bounds)
+@settings(deadline=None)
+def test_reversed_ranks_are_each_groups_own_with_the_largest_for_the_layer_that_changed_least(groups, bounds):
+    r_min, r_max = bounds
+
+    ranks = assigned(groups, "change", r_min=r_min, r_max=r_max)
+    dealt = assigned(groups, "reversed", r_min=r_min, r_max=r_max)
+
+    for group, changes in groups.items():
+        own, other = ([by[f"{group}.{i}"] for i in range(len(changes))] for by in (ranks, dealt))
+        assert sorted(own) == sorted(other)
+        by_change = sorted(range(len(changes)), key=lambda i, some=changes: abs(some[i]))
+        assert [other[i] for i in by_change] == sorted(other, reverse=True)
+
+
+@given(groups_of_changes, rank_bounds, st.randoms(use_true_random=False))
+@settings(deadline=None)
+def test_a_uniform_rank_takes_no_more_parameters_and_one_more_would(groups, bounds, random):
+    r_min, r_max = bounds
+    layers = [f"{group}.{i}" for group, changes in groups.items() for i in range(len(changes))]
+    shapes = {layer: LayerShape(random.choice([2048, 4096]), random.choice([4096, 8192])) for layer in layers}
+
+    ranks = assigned(groups, "change", shapes, r_min=r_min, r_max=r_max)
+    uniform = assigned(groups, "uniform", shapes, r_min=r_min, r_max=r_max)
+
+    (rank,) = set(uniform.values())
+    budget = sum(shapes[layer].lora_parameters(ranks[layer]) for layer in layers)
+    spent, more = (sum(shapes[layer].lora_parameters(r) for layer in layers) for r in (rank, rank + 1))
+    assert spent <= budget < more
+
+
+def test_no_assignment_is_rank_zero_everywhere():
+    assert assigned({"q": [1, 2, 3], "v": [1, 5]}, "none") == dict.fromkeys(["q.0", "q.1", "q.2", "v.0", "v.1"], 0)
+
+
+def test_an_unknown_assignment_is_refused():
+    with pytest.raises(ValueError, match="assignment = 'best': accepted are change, uniform, reversed, none"):
+        PreLoRAConfig(assignment="best")

@@ -336,3 +336,43 @@ def test_lora_fa_freezes_every_a_with_the_base():
     adapters = {name: p.requires_grad for name, p in model.named_parameters() if is_lora(name)}
     assert all(trains == name.endswith("lora_B") for name, trains in adapters.items())
     assert {name for name in adapters if name.endswith("lora_A")} <= set(frozen)
+
+
+# Layers that the plan leaves without LoRA.
+
+
+def test_a_plan_of_zeros_injects_nothing_and_freezes_all_targets(family):
+    model, x = models.FAMILIES[family](), models.images()
+    before, names = models.logits(model, x), [name for name, _ in model.named_parameters()]
+    targets = find_targets(model)
+    zeros = dict.fromkeys((target.name for target in targets), 0)
+
+    added = inject(model, targets, zeros)
+    frozen = freeze(model, targets, without_lora=set(zeros))
+
+    assert added == {}
+    assert [name for name, _ in model.named_parameters()] == names
+    assert {f"{target.path}.weight" for target in targets} <= set(frozen)
+    assert torch.equal(models.logits(model, x), before)
+
+
+def test_a_linear_of_which_only_some_slices_have_rank_zero_is_refused():
+    model = models.tiny_vit()
+    targets = find_targets(model)
+    ranks = {target.name: 0 if target.group == "q" else 2 for target in targets}
+
+    with pytest.raises(ValueError, match="every rank must be at least 1"):
+        inject(model, targets, ranks)
+
+
+def test_a_layer_of_rank_zero_stays_a_linear_beside_those_with_lora():
+    model = models.tiny_vit()
+    targets = find_targets(model)
+    ranks = {target.name: 0 if target.group == "mlp_in" else 2 for target in targets}
+
+    inject(model, targets, ranks)
+
+    kinds = {target.group: type(model.get_submodule(target.path)) for target in targets}
+    assert kinds.pop("mlp_in") is nn.Linear
+    assert set(kinds.values()) == {LoRALinear}
+    assert realised_ranks(model, targets) == {name: rank for name, rank in ranks.items() if rank}
