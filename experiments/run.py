@@ -16,7 +16,7 @@ from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
 from prelora.train import run_dir
 from prelora.train.config import TrainConfig, save_yaml
-from prelora.train.fork import FORK, fork
+from prelora.train.fork import fork
 
 
 def main() -> int:
@@ -37,33 +37,39 @@ def main() -> int:
                     continue
                 if options.list:
                     print(f"{dataset.name} {variant.name} seed {seed}: {_progress(dataset, variant, seed)}")
-                elif code := _train(dataset, variant, seed):
+                elif code := train(dataset, variant, seed):
                     return code
         if not options.list:
             collect(dataset)
     return 0
 
 
-def _train(dataset: Dataset, variant: Variant, seed: int) -> int:
+def train(dataset: Dataset, variant: Variant, seed: int) -> int:
+    """Train a run to its end, from where it stands, and measure its steps; returns the trainer's exit code."""
     folder = dataset.folder(variant, seed)
     config_file = folder / run_dir.CONFIG
     if finished(folder):
         return 0
-    if not (folder / FORK).exists():  # which is not there before the fork is whole
+    if not config_file.exists():
         config = _config(dataset, variant, seed)
         source = dataset.folder(dataset.variant("full"), seed)
         start = _forked_from(variant, config, source)
         if start:
             fork(source, start, config)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_yaml(config, config_file)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_yaml(config, config_file)
     print(f"{dataset.name}: {variant.title}, seed {seed}", flush=True)
-    command = [sys.executable, "-m", "prelora.train", "--config", str(config_file)]
-    environment = os.environ | {"OMP_NUM_THREADS": str(dataset.threads)}
-    code = subprocess.run(command, env=environment, cwd=ROOT, check=False).returncode
+    code = launch(config_file, dataset.threads)
     if code == 0 and variant.name in TIMED:
         measure(dataset, variant, seed)
     return code
+
+
+def launch(config_file: Path, threads: int) -> int:
+    """Train in a process of its own; returns its exit code."""
+    command = [sys.executable, "-m", "prelora.train", "--config", str(config_file)]
+    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": str(threads)}, cwd=ROOT, check=False).returncode
 
 
 def _config(dataset: Dataset, variant: Variant, seed: int) -> TrainConfig:

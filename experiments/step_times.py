@@ -21,7 +21,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 
-from experiments.declaration import ROOT, RUNS, Dataset, Variant, load_grid
+from experiments.declaration import ROOT, Dataset, Variant, load_grid
 from prelora import surgery
 from prelora.analysis.records import load_run
 from prelora.data.sampler import train_batches
@@ -95,12 +95,12 @@ def main() -> int:
                 chosen = all(wanted in (None, name) for wanted, name in zip(asked, named, strict=True))
                 ends = dataset.folder(variant, seed) / "metrics.jsonl"
                 if chosen and variant.name in TIMED and ends.exists() and load_run(ends.parent).ranks:
-                    torch.set_num_threads(dataset.threads)
-                    _measure(dataset, variant, seed)
+                    measure_here(dataset, variant, seed)
     return 0
 
 
-def _measure(dataset: Dataset, variant: Variant, seed: int) -> None:
+def measure_here(dataset: Dataset, variant: Variant, seed: int) -> None:
+    """Measure a finished run's steps in this process."""
     config = dataset.config(variant, seed)
     parts, _ = build_parts(config, torch.device("cpu"))
     batch = config.data.batch_size
@@ -163,7 +163,7 @@ def _step(
 
 
 def _file(dataset: Dataset, variant: Variant, seed: int) -> Path:
-    return RUNS / dataset.name / "step_times" / f"{variant.name}-seed{seed}.csv"
+    return dataset.folder(variant, seed).parents[1] / "step_times" / f"{variant.name}-seed{seed}.csv"
 
 
 if __name__ == "__main__":

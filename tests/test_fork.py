@@ -91,10 +91,10 @@ def test_a_run_that_has_switched_cannot_become_another(tmp_path):
         fork(tmp_path / "switched", 5, tiny(tmp_path / "forked"))
 
 
-def test_a_folder_that_holds_a_run_is_left_alone(source, tmp_path):
+def test_a_folder_that_is_there_is_left_alone(source, tmp_path):
     fork(source, 1, tiny(tmp_path / "forked"))
 
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="forked exists: give another"):
         fork(source, 1, tiny(tmp_path / "forked"))
 
 

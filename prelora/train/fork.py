@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def fork(source: Path, epoch: int, config: TrainConfig) -> Path:
 
     Raises:
         ValueError: the configs differ in what bears on these epochs, the switch would have come already, or the
-            folder holds a run.
+            folder exists.
         CheckpointError: there is no such checkpoint, or it is not in FULL.
     """
     path = _after(source, epoch)
@@ -51,15 +52,19 @@ def fork(source: Path, epoch: int, config: TrainConfig) -> Path:
     _check_same_until(epoch, tree["train"]["config"], config)
     if config.method == "prelora":
         _check_still_full(source, epoch, config)
-    run_dir.claim(dataclasses.replace(config, resume="never"))
+    if config.output.exists():
+        raise ValueError(f"output = {config.output} exists: give another")
     tree["config"] = dataclasses.asdict(algorithm(config))
     tree["train"]["config"] = to_dict(config)
     about = read_manifest(path).about
+    part = config.output.with_name(f"{config.output.name}.part")  # so that the folder appears complete or not at all
+    shutil.rmtree(part, ignore_errors=True)
+    save_checkpoint(checkpoint_path(part / run_dir.CHECKPOINTS, about["step"]), tree, about)
     lines = (source / run_dir.METRICS).read_text().splitlines(keepends=True)[:epoch]
-    (config.output / run_dir.METRICS).write_text("".join(lines))
-    run_dir.write_json(config.output / FORK, {"source": str(source), "epoch": epoch})
-    save_yaml(dataclasses.replace(config, resume="auto"), config.output / run_dir.CONFIG)
-    save_checkpoint(checkpoint_path(config.output / run_dir.CHECKPOINTS, about["step"]), tree, about)
+    (part / run_dir.METRICS).write_text("".join(lines))
+    run_dir.write_json(part / FORK, {"source": str(source), "epoch": epoch})
+    save_yaml(dataclasses.replace(config, resume="auto"), part / run_dir.CONFIG)
+    part.rename(config.output)
     return config.output
 
 
