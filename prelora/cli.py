@@ -1,4 +1,4 @@
-"""The ``prelora`` command: train, plan, replay, export, report, data."""
+"""The ``prelora`` command: train, plan, replay, export, report, figures, data."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             return _fail_without(error)
         return train(given[1:])
-    parses = given[:1] in (["plan"], ["replay"])  # the fields of dataclasses that --help here need not import
+    parses = given[:1] in (["fork"], ["plan"], ["replay"])  # the fields of dataclasses that --help here need not import
     options = argparse.Namespace(command=given[0], given=given[1:]) if parses else _parser().parse_args(given)
-    commands = {"plan": _plan, "replay": _replay, "export": _export, "report": _report, "data": _data_check}
+    commands = {"fork": _fork, "plan": _plan, "replay": _replay, "export": _export, "report": _report}
+    commands |= {"figures": _figures, "data": _data_check}
     try:
         return commands[options.command](options)
     except ModuleNotFoundError as error:
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"prelora {prelora.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("train", help="train a recipe: prelora train --help", add_help=False)
+    commands.add_parser("fork", help="another run out of a full-rank run: prelora fork --help", add_help=False)
     commands.add_parser("plan", help="memory, network and time before a run: prelora plan --help", add_help=False)
     commands.add_parser("replay", help="a run's log at other settings: prelora replay --help", add_help=False)
     export = commands.add_parser(
@@ -67,6 +69,13 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write a run's report, one HTML page")
     report.add_argument("run", type=Path, help="the run's folder")
     report.add_argument("--out", type=Path, help="the file (default: RUN/report.html)")
+    figures = commands.add_parser(
+        "figures",
+        help="draw an experiment's collected results",
+        description="Draw every figure and table that RESULTS/NAME/*.csv have data for, as PNG, SVG and Markdown.",
+    )
+    figures.add_argument("results", type=Path, help="holds a folder with runs.csv for each data set")
+    figures.add_argument("--out", type=Path, help="a folder for all (default: RESULTS/NAME/figures)")
     data = commands.add_parser("data", help="look after a data set's images: prelora data check PATH")
     check = data.add_subparsers(dest="action", required=True, metavar="ACTION").add_parser(
         "check",
@@ -78,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--out", type=Path, help="the manifest (default: PATH/prelora-manifest.json)")
     check.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="threads (default: %(default)s)")
     return parser
+
+
+def _fork(options: argparse.Namespace) -> int:
+    from prelora.train.display import plain_warnings
+    from prelora.train.fork import main as fork
+
+    with plain_warnings():
+        print(fork(options.given))
+    return 0
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -112,6 +130,13 @@ def _report(options: argparse.Namespace) -> int:
     from prelora.analysis.report import write_report
 
     print(write_report(options.run, options.out))
+    return 0
+
+
+def _figures(options: argparse.Namespace) -> int:
+    from prelora.analysis.figures_command import write_figures
+
+    print("\n".join(write_figures(options.results, options.out)))
     return 0
 
 

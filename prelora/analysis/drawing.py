@@ -29,6 +29,8 @@ STYLES: tuple[tuple[str, Any, str], ...] = (
     ("#c0569b", (0, (1.3, 1.3)), "D"),
     ("#b98500", (0, (3, 1, 1, 1, 1, 1)), "v"),
     ("#3f9fd6", (0, (9, 2)), "P"),
+    ("#6b4fa0", (0, (4, 1.5, 1.2, 1.5, 1.2, 1.5)), "X"),
+    ("#7a6a5a", (0, (2.5, 2.5)), "*"),
 )
 DEPTHS = LinearSegmentedColormap.from_list("depth", ["#7fc8c2", "#2f8fb3", "#6468b8", "#a0458c"])
 HATCHES = ("", "//", "..", "xx", "--")
@@ -95,7 +97,7 @@ def _name_band(axes: Axes, name: str, start: float, share: float) -> None:
         )
 
 
-def draw_series(axes: Axes, epochs: Sequence[int], values: Sequence[float], index: int, label: str) -> Line2D:
+def draw_series(axes: Axes, epochs: Sequence[float], values: Sequence[float], index: int, label: str) -> Line2D:
     """One line over epochs; its marker is drawn about eight times, and wherever a value stands alone."""
     color, line_style, marker = STYLES[index % len(STYLES)]
     finite = [math.isfinite(value) for value in values]
@@ -112,6 +114,14 @@ def draw_series(axes: Axes, epochs: Sequence[int], values: Sequence[float], inde
     return line
 
 
+def draw_band(axes: Axes, x: Sequence[float], low: Sequence[float], high: Sequence[float], index: int) -> None:
+    """What lies between ``low`` and ``high``, its edges in the line style of the series, for print without colour."""
+    color, line_style, _ = STYLES[index % len(STYLES)]
+    axes.fill_between(x, low, high, color=color, alpha=0.16, linewidth=0, zorder=1.2)
+    for edge in (low, high):
+        axes.plot(x, edge, color=color, linestyle=line_style, linewidth=0.5, alpha=0.7, zorder=1.3)
+
+
 def mark_not_finite(axes: Axes, epochs: Sequence[int], values: Sequence[float], label: str) -> None:
     """Crosses at the foot of the axes where a value is not finite."""
     lost = [epoch for epoch, value in zip(epochs, values, strict=True) if not math.isfinite(value)]
@@ -119,6 +129,26 @@ def mark_not_finite(axes: Axes, epochs: Sequence[int], values: Sequence[float], 
         axes.plot(
             lost, [0.03] * len(lost), "x", color=INK, markersize=5, label=label, transform=axes.get_xaxis_transform()
         )
+
+
+def legend_above(figure: Figure, axes: Axes, columns: int) -> None:
+    """One legend for all panels, above them, of what ``axes`` names."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper left",
+        ncols=columns,
+        frameon=False,
+        fontsize=8,
+        labelcolor=INK,
+        handlelength=3.4,
+    )
+
+
+def write_below(figure: Figure, text: str) -> None:
+    """What holds for the whole figure, in small print under it."""
+    figure.supxlabel(text, x=0.008, ha="left", fontsize=7.5, color=MUTED)
 
 
 def add_legend(axes: Axes, title: str = "") -> None:
@@ -151,6 +181,18 @@ def byte_unit(largest: float) -> tuple[float, str]:
     units = ("B", "KiB", "MiB", "GiB", "TiB")
     power = min(len(units) - 1, max(0, int(math.log2(largest) // 10))) if largest >= 1 else 0
     return 1024.0**power, units[power]
+
+
+def duration_unit(longest: float) -> tuple[float, str]:
+    """The unit that ``longest`` seconds are told in: (seconds per unit, name)."""
+    return (3600.0, "h") if longest >= 7200 else (60.0, "min") if longest >= 120 else (1.0, "s")
+
+
+def flop_unit(largest: float) -> tuple[float, str]:
+    """The decimal unit that ``largest`` floating-point operations are told in: (FLOPs per unit, name)."""
+    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP", "ZFLOP")
+    power = min(len(units) - 1, int(math.log10(largest) // 3)) if largest >= 1 else 0
+    return 1000.0**power, units[power]
 
 
 def write(axes: Axes, text: str, place: tuple[float, float], side: str, color: str = INK) -> None:
@@ -205,3 +247,29 @@ def mark_threshold(axes: Axes, threshold: float | None, sign: str) -> None:
         fontsize=8,
         color=INK,
     )
+
+
+def draw_rank_grid(
+    axes: Axes, groups: Sequence[str], layers: Sequence[int], grid: Sequence[Sequence[int | None]], ranks: Sequence[int]
+) -> None:
+    """Ranks as a map, darker where higher, each cell with its number.
+
+    Args:
+        grid: [group][layer]; None: not a target.
+        ranks: every rank that there is, rising; panels that share them share their shades.
+    """
+    shades = {rank: (place + 0.5) / len(ranks) for place, rank in enumerate(ranks)}
+    values = [[math.nan if rank is None else shades[rank] for rank in row] for row in grid]
+    axes.pcolormesh(values, cmap=RANKS, vmin=0, vmax=1, edgecolors=GRID, linewidth=0.8)
+    for y, row in enumerate(grid):
+        for x, rank in enumerate(row):
+            if rank is not None:
+                ink = "#10202d" if shades[rank] < 0.6 else "#fefefe"
+                axes.text(x + 0.5, y + 0.5, str(rank), ha="center", va="center", fontsize=7.5, color=ink)
+    axes.set_xticks([x + 0.5 for x in range(len(layers))], [str(layer) for layer in layers])
+    axes.set_yticks([y + 0.5 for y in range(len(groups))], groups)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
