@@ -54,6 +54,15 @@ RUNS = {
     },
     "adamw, freeze all": {"fields": {"freeze": "all", "warmup_epochs": 2}},
     "adamw, two-epoch windows and a deadline": {"fields": {"m": 2, "tau": 1e-9, "deadline": 3, "window": "last"}},
+    "adamw, update ranks and a LoRA along them": {
+        "fields": {"criterion": "update_rank", "update_rank_max": 64, "lora_init": "window_update"},
+        "ema": lambda model: ModelEmaV3(model, decay=0.9),
+    },
+    "sgd, forced inside a window, LoRA along what moved since the last": {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05),
+        "fields": {"m": 2, "criterion": "update_rank", "update_rank_max": 1, "lora_init": "window_update"}
+        | {"deadline": 3, "log_updates": False},
+    },
     "adamw, straight to lora": {"fields": {"warmup_epochs": 0, "alpha": 4.0, "log_updates": False}},
 }
 

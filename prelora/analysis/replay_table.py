@@ -54,7 +54,10 @@ def describe_windows(replayed: Replay) -> list[str]:
     shown = [window for window in replayed.windows if window.epoch <= last]
     if not shown:
         return ["", f"No test: {replayed.reason}."]
-    rows = [("epoch", "passes from tau %", "zeta %", "held back by, in percentage points")]
+    what, points = "tau %", "in percentage points"
+    if config.criterion == "update_rank":
+        what, points = "update_rank_max", "in ranks, and the loss in percentage points"
+    rows = [("epoch", f"passes from {what}", "zeta %", f"held back by, {points}")]
     rows += [(str(w.epoch), _percent(w.tau), _percent(w.loss), _held_back(w, config)) for w in shown]
     return ["", *_aligned(rows, left=(3,))]
 
