@@ -43,10 +43,10 @@ def truncated_svd(matrix: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor]
 def stable_rank(matrix: Tensor, seed: int) -> Tensor:
     """‖M‖_F² / σ₁², a scalar in fp64 on the matrix's device; NaN where M is zero or not finite.
 
-    A matrix of rank r can hold at most r / stable_rank of M's energy ‖M‖_F², so that no adapter of a smaller rank than
-    this follows M. It is chosen over the rank that holds a share of the energy because a window's change carries noise
-    of full rank that LoRA need not follow, and because two numbers suffice, not a spectrum as wide as the answer.
-    The sketch's σ₁ is from below, and the rank from above.
+    A matrix of rank r holds at most r / stable_rank of M's energy ‖M‖_F²: a stable rank above r rules out that rank r
+    follows M, and one below it does not promise it. It is chosen over the rank that holds a share of the energy because
+    a window's change carries noise of full rank that LoRA need not follow, and because two numbers suffice, not a
+    spectrum as wide as the answer. The sketch's σ₁ is from below, and the rank from above.
     """
     scale = matrix.abs().amax()
     if not (math.isfinite(scale) and scale > 0):

@@ -52,7 +52,8 @@ def main(arguments: Sequence[str]) -> str:
         raise ValueError(f"{len(options.runs)} RUNs: accepted is one with --grid, --suggest-switch, --suggest-saving")
     outcomes = [_outcome(load_log(path), options) for path in options.runs]
     first = outcomes[0].replayed
-    if first.config.criterion != "norm" and (options.grid or options.suggest_switch or options.suggest_saving):
+    about_tau = options.grid or options.suggest_switch or options.suggest_saving is not None
+    if about_tau and first.config.criterion != "norm":
         raise ValueError("--grid, --suggest-switch and --suggest-saving are about tau: accepted is --criterion norm")
     suggested = _suggestions(first, options)
     taus, zetas = options.grid or ([], [])

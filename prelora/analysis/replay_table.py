@@ -112,7 +112,8 @@ def _run_cells(outcome: Outcome) -> tuple[str, ...]:
     replayed, costs = outcome.replayed, outcome.costs
     config, run = replayed.config, replayed.log.run
     recorded = run.switch.epoch if run is not None and run.switch is not None else None
-    thresholds = (str(config.k), str(config.m), f"{config.tau:.4g}", f"{config.zeta:.4g}")
+    tau = f"{config.tau:.4g}" if config.criterion == "norm" else "-"
+    thresholds = (str(config.k), str(config.m), tau, f"{config.zeta:.4g}")
     switches = ["-" if epoch is None else str(epoch) for epoch in (replayed.switch_epoch, recorded)]
     rank = f"{mean(outcome.ranks.values()):.1f}" if outcome.ranks else "-"
     gains = ["-"] * 4
