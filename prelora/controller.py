@@ -44,7 +44,7 @@ class PreLoRA:
             be extended with LoRA; of a sharded model, built before ``fully_shard`` and sharded alike.
         total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
             switch, at most 500; None: 1 % of the steps done.
-        seed: from which A is drawn.
+        seed: from which A and the sketches of the weights' changes are drawn.
         defer_lora_grads: in the warm-up, make A's and B's gradients from those of the weights once per optimizer
             step, instead of in every backward; then call ``finish_gradients`` before gradients are clipped.
 

@@ -65,7 +65,7 @@ def initial_a(
         a = a.to(weight.device, dtype)
         rows = a.split([ranks[target.name] for target in slices])
         for (target, change), drawn in zip(changes, rows, strict=False):  # no changes but on rank 0
-            directions = leading_directions(change, len(drawn), stream(seed, target.name))
+            directions = leading_directions(change, len(drawn), stream(seed, f"{target.name}@switch"))
             unmoved += [] if len(directions) else [target.name]
             _lead_with(directions, drawn)
         found[path] = distributed.broadcast_tensor(a)
