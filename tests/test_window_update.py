@@ -153,8 +153,8 @@ def test_lora_starts_along_the_change_since_the_last_windows_end_or_monitorings_
         change = rows(target, weights[target.path] - before[target.path]).double()
         place = [t.name for t in pre.targets if t.path == target.path].index(target.name)
         a = layer.lora_A.detach().double().split(layer.rank)[place]
-        caught = (change @ torch.linalg.qr(a.t()).Q).square().sum()
-        best = torch.linalg.svdvals(change)[: event.ranks[target.name]].square().sum()
+        caught = (change @ torch.linalg.qr(a.t()).Q).square().sum().item()
+        best = torch.linalg.svdvals(change)[: event.ranks[target.name]].square().sum().item()
         assert caught == pytest.approx(best, rel=1e-2)
 
 
