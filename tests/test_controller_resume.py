@@ -214,6 +214,17 @@ def test_another_runs_state_is_refused_and_nothing_changed(other, message, phase
     assert_same(resumed.state_dict(), before)
 
 
+def test_a_state_from_before_a_setting_existed_was_saved_at_its_default():
+    state = copy.deepcopy(start().state_dict())
+    del state["config"]["criterion"], state["window_snapshot"], state["monitor"]["update_ranks"]
+    resumed = start()
+    resumed.load_state_dict(state)
+
+    assert epochs(resumed, 3) == epochs(start(), 3)
+    with pytest.raises(CheckpointError, match="saved with criterion = norm, the config says update_rank"):
+        start(fields={"criterion": "update_rank"}).load_state_dict(state)
+
+
 @pytest.mark.parametrize("what", ["ema", "scheduler"])
 def test_a_state_with_more_than_the_run_has_is_refused(what):
     with pytest.raises(CheckpointError, match=f"the state holds an? {what}, unlike this run".replace("ema", "EMA")):

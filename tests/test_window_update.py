@@ -9,7 +9,9 @@ from models import epochs, images, start, tiny_vit, until
 from two_ranks import Ranks
 
 from prelora import PreLoRAWarning, find_targets, shards, surgery
+from prelora.checkpoint import load_checkpoint
 from prelora.monitor import take_snapshot
+from prelora.sharded_checkpoint import save_together
 from prelora.window_update import initial_a, update_ranks
 
 BOTH = {"criterion": "update_rank", "update_rank_max": 64, "lora_init": "window_update"}
@@ -215,11 +217,27 @@ def switched(wrap):
     """Update ranks of the two windows, every A, and AᵀA, which no sign changes."""
     pre = fsdp_runs.start(wrap, fields=BOTH)
     events = [fsdp_runs.end(pre, fsdp_runs.train(pre)[0]) for _ in range(2)]
+    gram = {name: (value.t() @ value).flatten().tolist() for name, value in every_a(pre).items()}
+    return [event.update_ranks for event in events], plain_numbers(every_a(pre)), gram
+
+
+def interrupted(wrap, path):
+    """Update ranks of the switch and every A, of a run saved inside a window and of the one that goes on from there."""
+    runs = [fsdp_runs.start(wrap, fields={**BOTH, "m": 2}) for _ in range(2)]
+    for _ in range(3):
+        fsdp_runs.end(runs[0], fsdp_runs.train(runs[0])[0])
+    save_together(path, runs[0].state_dict(), {})
+    runs[1].load_state_dict(load_checkpoint(path))
+    return [(fsdp_runs.end(run, fsdp_runs.train(run)[0]).update_ranks, plain_numbers(every_a(run))) for run in runs]
+
+
+def every_a(pre):
     assert pre.phase == "warmup"
-    named = {name: shards.full(p) for name, p in pre.base_model.named_parameters() if name.endswith("lora_A")}
-    a = {name: value.flatten().tolist() for name, value in named.items()}
-    gram = {name: (value.t() @ value).flatten().tolist() for name, value in named.items()}
-    return [event.update_ranks for event in events], a, gram
+    return {name: shards.full(p) for name, p in pre.base_model.named_parameters() if name.endswith("lora_A")}
+
+
+def plain_numbers(tensors):
+    return {name: tensor.flatten().tolist() for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("wrap", [fsdp_runs.ddp, fsdp_runs.fsdp])
@@ -233,3 +251,8 @@ def test_two_ranks_measure_and_start_from_the_same_as_one_process_does(wrap, ran
         assert found == pytest.approx(expected, rel=1e-5)
     for name, gram in grams.items():
         assert first[2][name] == pytest.approx(gram, abs=1e-4), name
+
+
+def test_a_sharded_run_resumed_inside_a_window_starts_from_the_same_a(ranks, tmp_path):
+    for uninterrupted, resumed in ranks(interrupted, fsdp_runs.fsdp, tmp_path / "step-000000001"):
+        assert resumed == uninterrupted
