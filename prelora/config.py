@@ -13,6 +13,8 @@ Window = Literal["mean", "last"]
 Normalize = Literal["minmax", "quantile"]
 Assignment = Literal["change", "uniform", "reversed", "none"]
 Execution = Literal["auto", "merged", "two_path"]
+Criterion = Literal["norm", "update_rank"]
+LoRAInit = Literal["kaiming", "window_update"]
 
 PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
 
@@ -58,6 +60,10 @@ class PreLoRAConfig:
     """Epochs w in which base and LoRA train together before the base is frozen (section 3.3)."""
     freeze: Freeze = "targets"
     """What is frozen after the warm-up: the targets' weights and biases, or all but LoRA."""
+    criterion: Criterion = "norm"
+    """What must have settled beside the loss: the weight norms (Algorithm 1), or the rank of the windows' changes."""
+    update_rank_max: float = 8.0
+    """Largest stable rank of a window's weight change, mean over a group's layers, with criterion "update_rank"."""
     aggregate: Aggregate = "mean"
     """Norm change of a group: change of the layers' mean norm, or mean of the layers' absolute changes."""
     window: Window = "mean"
@@ -82,6 +88,8 @@ class PreLoRAConfig:
     """Dropout on the adapters' input, in [0, 1)."""
     lora_lr_mult: float = 1.0
     """LoRA's learning rate over that of the weight it adapts."""
+    lora_init: LoRAInit = "kaiming"
+    """What A starts from: a Kaiming-uniform draw, or the directions in which the weights still moved last."""
     train_lora_a: bool = True
     """Whether A trains on after the freeze; without it (LoRA-FA), layers keep no input activations."""
     execution: Execution = "auto"
@@ -107,6 +115,9 @@ class PreLoRAConfig:
                     f"deadline = {self.deadline}: must be at least min_epoch = {self.min_epoch} and leave two "
                     f"monitored epochs after monitor_from = {self.monitor_from}, from which ranks are computed"
                 )
+        _check_number("update_rank_max", self.update_rank_max, "of at least 1")
+        if not math.isfinite(self.update_rank_max) or self.update_rank_max < 1:
+            raise ValueError(f"update_rank_max = {self.update_rank_max}: a rank, must be finite and at least 1")
         if self.alpha is not None:
             _check_positive("alpha", self.alpha)
         if self.budget is not None:
@@ -124,6 +135,11 @@ class PreLoRAConfig:
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
 
+    @property
+    def keeps_windows(self) -> bool:
+        """Whether the targets' weights at the last window's end are kept, for their change since."""
+        return self.criterion == "update_rank" or self.lora_init == "window_update"
+
     @classmethod
     def paper(cls, experiment: str = "exp2", **overrides: Any) -> PreLoRAConfig:
         """The paper's setting ``"exp1"``, ``"exp2"`` or ``"exp3"`` (Table 1; k = m = 3, ranks 8 to 64, w = 10).
@@ -139,6 +155,8 @@ class PreLoRAConfig:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "freeze": get_args(Freeze),
+    "criterion": get_args(Criterion),
+    "lora_init": get_args(LoRAInit),
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),

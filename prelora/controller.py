@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from prelora import _ext, distributed, monitor, optim, sharding, shards, surgery
+from prelora import _ext, distributed, monitor, optim, sharding, shards, surgery, window_update
 from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
@@ -44,7 +44,7 @@ class PreLoRA:
             be extended with LoRA; of a sharded model, built before ``fully_shard`` and sharded alike.
         total_steps: optimizer steps of the whole run, from which LoRA's LR ramp takes 1 % of what remains at the
             switch, at most 500; None: 1 % of the steps done.
-        seed: from which A is drawn.
+        seed: from which A and the sketches of the weights' changes are drawn.
         defer_lora_grads: in the warm-up, make A's and B's gradients from those of the weights once per optimizer
             step, instead of in every backward; then call ``finish_gradients`` before gradients are clipped.
 
@@ -105,6 +105,8 @@ class PreLoRA:
         self._snapshot: dict[str, Tensor] | None = None
         self._snapshot_step = 0
         self._take_snapshot()
+        self._window_start: dict[str, Tensor] = {}
+        self._keep_window_start()
 
     @property
     def base_model(self) -> nn.Module:
@@ -140,6 +142,7 @@ class PreLoRA:
         norms = Norms(**distributed.broadcast_json(dataclasses.asdict(norms)))
         if self.phase == "full" and self.epoch > self.config.monitor_from:
             self._monitor.record(mean_loss, norms.effective)
+        update_ranks = self._window_update_ranks()
         verdict, action = self._decide()
         action = distributed.broadcast_json(action)
         released: dict[str, int] = {}
@@ -147,6 +150,7 @@ class PreLoRA:
             ranks = distributed.broadcast_json(self._plan() if action.startswith("switch") else self.ranks)
             released = self._change(action, ranks, probe)
         self._take_snapshot()
+        self._keep_window_start()
         trainable, total = parameter_counts(self.base_model)
         return Event(
             epoch=self.epoch,
@@ -161,6 +165,7 @@ class PreLoRA:
             trainable=trainable,
             trainable_share=trainable / total,
             released=released,
+            update_ranks=update_ranks,
         )
 
     def finish_gradients(self) -> None:
@@ -225,6 +230,7 @@ class PreLoRA:
             "monitor": self._monitor.state_dict(),
             # At an epoch's end the weights are their own snapshot.
             "snapshot": self._snapshot if self.step != self._snapshot_step else None,
+            "window_snapshot": self._window_start or None,
             "model": dict(self.base_model.state_dict()),
             "optimizer": optim.named_state(self.optimizer, self.base_model),
             "scheduler": scheduler_state(self.scheduler) if self.scheduler is not None else None,
@@ -257,6 +263,7 @@ class PreLoRA:
         if self.seed != state["seed"]:
             warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=2)
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
+        self._window_start = {}  # what A starts from at a switch is not asked again: A is in the state
         if state["phase"] != "full":
             action: Action = "switch" if state["phase"] == "warmup" else "switch+freeze"
             self._change(action, state["ranks"], probe=None)
@@ -276,12 +283,32 @@ class PreLoRA:
             self._snapshot_step = -1
             for path, tensor in self._snapshot.items():
                 tensor.copy_(shards.laid_out_like(state["snapshot"][path], tensor))
+        parameters = dict(self.base_model.named_parameters())
+        for path, saved in (state.get("window_snapshot") or {}).items():
+            self._window_start[path] = shards.laid_out_like(saved, parameters[f"{path}.weight"]).clone()
         distributed.check_same_on_all_ranks(self.base_model)
 
     def _take_snapshot(self) -> None:
         if self.config.log_updates:
             self._snapshot = monitor.take_snapshot(self.base_model, self.targets)
             self._snapshot_step = self.step
+
+    def _keep_window_start(self) -> None:
+        """Keep the targets' weights of monitoring's start and of every window's end in FULL, until the next one's."""
+        if self.phase != "full":
+            self._window_start = {}
+        elif self.config.keeps_windows and (self.epoch == self.config.monitor_from or self._monitor.window_complete):
+            self._window_start = monitor.take_snapshot(self.base_model, self.targets)
+
+    def _window_update_ranks(self) -> dict[str, float]:
+        """Stable rank of each target's change over the window that has just ended, for the monitor, too."""
+        if not self._window_start or not self._monitor.window_complete:
+            return {}
+        ranks = window_update.update_ranks(
+            self.base_model, self.targets, self._window_start, seed=self.seed, epoch=self.epoch
+        )
+        self._monitor.record_update(ranks)
+        return ranks
 
     def _decide(self) -> tuple[Verdict, Action]:
         config = self.config
@@ -371,11 +398,15 @@ class PreLoRA:
                     execution=config.execution,
                     seed=self.seed,
                     device=device,
+                    initial_a=initial_a,
                 )
                 if sharded:  # afterwards every rank holds another part, and nothing can be compared
                     distributed.check_same_on_all_ranks(model)
             return added
 
+        initial_a = None
+        if self.config.lora_init == "window_update" and self._window_start:
+            initial_a = window_update.initial_a(model, self.targets, ranks, self._window_start, seed=self.seed)
         averaged = self._averaged
         if averaged is not None:
             into(averaged)

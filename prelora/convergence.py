@@ -1,4 +1,4 @@
-"""Algorithm 1, the partial convergence test, as pure functions on numbers.
+"""Algorithm 1, the partial convergence test, and its like on update ranks, as pure functions on numbers.
 
 Norms are given per group, per monitored epoch and per layer: ``norms[group][epoch][layer]``.
 Epochs fall into windows of ``m``; an incomplete last window is left out.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from prelora.config import PreLoRAConfig
 
@@ -29,6 +29,8 @@ class Verdict:
     """Each group's k − 1 changes between consecutive windows, in percent; NaN where undefined."""
     loss_changes: tuple[float, ...]
     """The loss's k − 1 changes between consecutive windows, in percent; NaN where undefined."""
+    update_ranks: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Each group's mean stable rank of the last k − 1 windows' changes; empty unless it is the criterion."""
 
 
 def percent_change(previous: float, current: float) -> float:
@@ -75,18 +77,25 @@ def group_changes(epochs: Sequence[Sequence[float]], config: PreLoRAConfig) -> l
     return [percent_change(a, b) for a, b in itertools.pairwise(means)]
 
 
-def partial_convergence_test(norms: History, losses: Sequence[float], config: PreLoRAConfig) -> Verdict:
+def partial_convergence_test(
+    norms: History, losses: Sequence[float], config: PreLoRAConfig, update_ranks: History | None = None
+) -> Verdict:
     """Algorithm 1 on the last ``config.k`` complete windows.
 
     Passes iff every group's |ΔW| ≤ tau and |ΔL| ≤ zeta between all consecutive windows. A change that is
     undefined (a value that is not finite, or about zero) does not pass; nothing is raised for it.
 
+    With ``criterion="update_rank"`` the norms' part is another: every group's mean over layers of the stable rank of
+    the weights' change over a window must be at most ``update_rank_max``, in each of the last k − 1 windows.
+
     Args:
         norms: ``norms[group][epoch][layer]``, Frobenius norms of the monitored epochs.
         losses: mean training loss of the same epochs.
+        update_ranks: ``update_ranks[group][window][layer]``, the last complete window last.
 
     Raises:
-        ValueError: no groups, groups and losses of different length, or a group without the same layers throughout.
+        ValueError: no groups, groups and losses of different length, or a group without the same layers throughout;
+            fewer than k − 1 windows of update ranks where they are the criterion.
     """
     if not norms:
         raise ValueError("norms is empty: Algorithm 1 needs at least one group")
@@ -103,8 +112,31 @@ def partial_convergence_test(norms: History, losses: Sequence[float], config: Pr
     loss_windows = window_values(losses[used], config.m, config.window)
     loss_changes = tuple(percent_change(a, b) for a, b in itertools.pairwise(loss_windows))
     norm_changes = {group: tuple(group_changes(epochs[used], config)) for group, epochs in norms.items()}
+    if config.criterion == "update_rank":
+        means = _mean_update_ranks(norms, update_ranks or {}, config.k - 1)
+        reason = _first_high_rank(means, config) or _first_failure({}, loss_changes, config)
+        within = "every update is within update_rank_max, and the loss within zeta"
+        return Verdict(reason is None, reason or within, norm_changes, loss_changes, means)
     reason = _first_failure(norm_changes, loss_changes, config)
     return Verdict(reason is None, reason or "every change is within tau and zeta", norm_changes, loss_changes)
+
+
+def _mean_update_ranks(groups: Iterable[str], ranks: History, windows: int) -> dict[str, tuple[float, ...]]:
+    for group in groups:
+        if len(known := ranks.get(group, ())) < windows:
+            raise ValueError(f"group {group!r} has update ranks of {len(known)} windows: the test needs {windows}")
+    return {group: tuple(_mean(layers) for layers in ranks[group][-windows:]) for group in groups}
+
+
+def _first_high_rank(means: Mapping[str, Sequence[float]], config: PreLoRAConfig) -> str | None:
+    for group, windows in means.items():
+        for t, rank in enumerate(windows, start=2):
+            if not rank <= config.update_rank_max:  # also true for NaN
+                update = f"update of {group} in window {t} of {config.k}"
+                if math.isnan(rank):
+                    return f"{update} has no stable rank (a layer did not move, or a value is not finite)"
+                return f"{update} has stable rank {rank:.3f}: over update_rank_max = {config.update_rank_max}"
+    return None
 
 
 def _first_failure(

@@ -201,6 +201,15 @@ def broadcast_json(value: Any) -> Any:
     return _decode(data)
 
 
+def broadcast_tensor(tensor: Tensor) -> Tensor:
+    """Rank 0's values on every rank, each of which gives a tensor of the same shape and dtype; on its device."""
+    if world_size() == 1:
+        return tensor
+    sent = tensor.to(collective_device()).contiguous()
+    dist.broadcast(sent, src=0)
+    return sent.to(tensor.device)
+
+
 def gather_json(value: Any) -> list[Any]:
     """Every rank's ``value`` on every rank, through JSON."""
     if world_size() == 1:

@@ -36,3 +36,5 @@ class Event:
     """``trainable`` over the model's parameters without LoRA."""
     released: dict[str, int] = field(default_factory=dict)
     """Bytes that this epoch's freeze gave back on this rank, by item."""
+    update_ranks: dict[str, float] = field(default_factory=dict)
+    """Stable rank of each target's change over the window that ended here; empty when not measured."""

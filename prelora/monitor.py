@@ -118,6 +118,8 @@ class Monitor:
         """Epochs recorded so far."""
         self.losses: list[float] = []
         self.norms: list[dict[str, float]] = []
+        self.update_ranks: list[dict[str, float]] = []
+        """Stable rank of every target's change over a window, of the last k − 1 windows; empty if not measured."""
 
     def record(self, loss: float, norms: Mapping[str, float]) -> None:
         """Add one epoch: its mean training loss and every target's norm (a value may be NaN or infinite)."""
@@ -128,6 +130,10 @@ class Monitor:
         while len(self.losses) >= (self.config.k + 1) * self.config.m:
             del self.losses[: self.config.m], self.norms[: self.config.m]
 
+    def record_update(self, ranks: Mapping[str, float]) -> None:
+        """Add the stable rank of every target's change over the window that the last recorded epoch completed."""
+        self.update_ranks = [*self.update_ranks, dict(ranks)][1 - self.config.k :]
+
     @property
     def window_complete(self) -> bool:
         """Whether the last recorded epoch completed a window."""
@@ -136,7 +142,8 @@ class Monitor:
     def test(self) -> Verdict:
         """Algorithm 1 on the windows recorded."""
         history = {group: self._epochs(names) for group, names in self.groups.items()}
-        return partial_convergence_test(history, self.losses, self.config)
+        updates = {group: _by_layer(self.update_ranks, names) for group, names in self.groups.items()}
+        return partial_convergence_test(history, self.losses, self.config, updates)
 
     def decide(self, epoch: int) -> tuple[Verdict, bool]:
         """Whether to switch once ``epoch`` epochs are finished, the last of them recorded if it is monitored."""
@@ -163,14 +170,24 @@ class Monitor:
         }
 
     def _epochs(self, names: Sequence[str]) -> list[list[float]]:
-        return [[epoch.get(name, math.nan) for name in names] for epoch in self.norms]
+        return _by_layer(self.norms, names)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers; a NaN is a float NaN."""
-        return {"epochs": self.epochs, "losses": list(self.losses), "norms": [dict(epoch) for epoch in self.norms]}
+        return {
+            "epochs": self.epochs,
+            "losses": list(self.losses),
+            "norms": [dict(epoch) for epoch in self.norms],
+            "update_ranks": [dict(window) for window in self.update_ranks],
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
         self.epochs = state["epochs"]
         self.losses = list(state["losses"])
         self.norms = [dict(epoch) for epoch in state["norms"]]
+        self.update_ranks = [dict(window) for window in state.get("update_ranks", ())]
+
+
+def _by_layer(records: Sequence[Mapping[str, float]], names: Sequence[str]) -> list[list[float]]:
+    return [[record.get(name, math.nan) for name in names] for record in records]

@@ -38,10 +38,12 @@ def check_state(
     if state.get("version") != STATE_VERSION:
         raise CheckpointError(f"state of version {state.get('version')}; this prelora reads version {STATE_VERSION}")
     _check_targets(from_dicts(state["targets"]), targets)
+    # A field that is younger than the state was at its default.
+    saved = dataclasses.asdict(PreLoRAConfig()) | dict(state["config"])
     for name, value in dataclasses.asdict(config).items():
-        if state["config"].get(name) != value:
+        if saved[name] != value:
             raise CheckpointError(
-                f"the state was saved with {name} = {state['config'].get(name)}, the config says {value}: "
+                f"the state was saved with {name} = {saved[name]}, the config says {value}: "
                 f"resume with the config that it was saved with"
             )
     _check_model(state["model"], model)

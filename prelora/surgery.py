@@ -28,6 +28,7 @@ def inject(
     execution: Execution = "auto",
     seed: int = 0,
     device: torch.device | None = None,
+    initial_a: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Turn every target's Linear into a ``LoRALinear`` of its planned rank; the model's function is unchanged.
 
@@ -36,6 +37,7 @@ def inject(
 
     Args:
         device: where A and B go; None: where their weight is.
+        initial_a: what A starts as, [sum of ranks, in], by module path, instead of the draw.
 
     Returns:
         The new parameters' names, each with the name of the weight that it adapts.
@@ -61,9 +63,12 @@ def inject(
             rows=[stop - start for start, stop in (target.rows or (0, linear.out_features) for target in slices)],
             dropout=dropout,
             execution=execution,
-            generator=torch.Generator().manual_seed(_stream(seed, path)),
+            generator=torch.Generator().manual_seed(stream(seed, path)),
             device=device,
         )
+        if initial_a is not None:
+            with torch.no_grad():
+                layer.lora_A.copy_(initial_a[path])
         _replace(model, path, layer)
         added |= {f"{path}.lora_A": f"{path}.weight", f"{path}.lora_B": f"{path}.weight"}
         if layer.weight is not linear.weight or not (layer.lora_B.is_meta or bool((layer.lora_B == 0).all())):
@@ -159,6 +164,6 @@ def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), name, module)
 
 
-def _stream(seed: int, path: str) -> int:
+def stream(seed: int, path: str) -> int:
     """A 63-bit seed of its own for every (seed, path); Python's ``hash`` differs between processes."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{path}".encode()).digest()[:8], "big") >> 1

@@ -14,6 +14,8 @@ CHOICES = {
     "aggregate": ("mean", "mean_abs"),
     "window": ("mean", "last"),
     "normalize": ("minmax", "quantile"),
+    "criterion": ("norm", "update_rank"),
+    "lora_init": ("kaiming", "window_update"),
 }
 
 
@@ -43,7 +45,12 @@ def test_count_that_is_not_an_integer_is_refused(name, low, value):
 @pytest.mark.parametrize("value", [True, "0.5", [0.5]])
 @pytest.mark.parametrize(
     ("name", "accepted"),
-    [*((name, "above 0") for name in POSITIVE), ("budget", "in (0, 1]"), ("lora_dropout", "in [0, 1)")],
+    [
+        *((name, "above 0") for name in POSITIVE),
+        ("budget", "in (0, 1]"),
+        ("lora_dropout", "in [0, 1)"),
+        ("update_rank_max", "of at least 1"),
+    ],
 )
 def test_number_of_another_type_is_refused(name, accepted, value):
     assert refusal(TypeError, **{name: value}) == f"{name} = {value!r}: must be a number {accepted}"
@@ -67,6 +74,13 @@ def test_reversed_ranks_are_refused():
 @pytest.mark.parametrize("value", [0, -0.1, 1.001, math.nan, math.inf])
 def test_budget_that_is_no_share_is_refused(value):
     assert refusal(ValueError, budget=value) == f"budget = {value}: a share of the parameters, accepted in (0, 1]"
+
+
+@pytest.mark.parametrize("value", [0.999, 0, -8, math.nan, math.inf])
+def test_update_rank_max_that_is_no_rank_is_refused(value):
+    message = refusal(ValueError, update_rank_max=value)
+
+    assert message == f"update_rank_max = {value}: a rank, must be finite and at least 1"
 
 
 @pytest.mark.parametrize("value", [-0.1, 1, 1.5, math.nan, math.inf])
@@ -104,6 +118,7 @@ def test_unknown_choice_is_refused(name, accepted, value):
         {"budget": 1e-9},
         {"lora_dropout": 0},
         {"lora_dropout": 0.999},
+        {"update_rank_max": 1},
         {"deadline": 2},
         {"deadline": 10, "min_epoch": 10},
         {"deadline": 12, "monitor_from": 10},

@@ -54,6 +54,15 @@ RUNS = {
     },
     "adamw, freeze all": {"fields": {"freeze": "all", "warmup_epochs": 2}},
     "adamw, two-epoch windows and a deadline": {"fields": {"m": 2, "tau": 1e-9, "deadline": 3, "window": "last"}},
+    "adamw, update ranks and a LoRA along them": {
+        "fields": {"criterion": "update_rank", "update_rank_max": 64, "lora_init": "window_update"},
+        "ema": lambda model: ModelEmaV3(model, decay=0.9),
+    },
+    "sgd, forced inside a window, LoRA along what moved since the last": {
+        "optimizer": lambda p: torch.optim.SGD(p, lr=0.05),
+        "fields": {"m": 2, "criterion": "update_rank", "update_rank_max": 1, "lora_init": "window_update"}
+        | {"deadline": 3, "log_updates": False},
+    },
     "adamw, straight to lora": {"fields": {"warmup_epochs": 0, "alpha": 4.0, "log_updates": False}},
 }
 
@@ -203,6 +212,17 @@ def test_another_runs_state_is_refused_and_nothing_changed(other, message, phase
     with pytest.raises(CheckpointError, match=message):
         resumed.load_state_dict(pre.state_dict())
     assert_same(resumed.state_dict(), before)
+
+
+def test_a_state_from_before_a_setting_existed_was_saved_at_its_default():
+    state = copy.deepcopy(start().state_dict())
+    del state["config"]["criterion"], state["window_snapshot"], state["monitor"]["update_ranks"]
+    resumed = start()
+    resumed.load_state_dict(state)
+
+    assert epochs(resumed, 3) == epochs(start(), 3)
+    with pytest.raises(CheckpointError, match="saved with criterion = norm, the config says update_rank"):
+        start(fields={"criterion": "update_rank"}).load_state_dict(state)
 
 
 @pytest.mark.parametrize("what", ["ema", "scheduler"])

@@ -1,5 +1,6 @@
 """Algorithm 1 against the paper's pseudocode, and its behaviour where the paper is silent."""
 
+import itertools
 import math
 import re
 from fractions import Fraction
@@ -34,9 +35,10 @@ def histories(draw, spare_epochs=0, **fields):
     return PreLoRAConfig(k=k, m=m, tau=draw(thresholds), zeta=draw(thresholds), **fields), norms, losses
 
 
-def judge(norms, losses, **fields):
+def judge(norms, losses, update_ranks=None, **fields):
     """Algorithm 1 with every epoch a window."""
-    return partial_convergence_test(norms, losses, PreLoRAConfig(**{"k": len(losses), "m": 1} | fields))
+    config = PreLoRAConfig(**{"k": len(losses), "m": 1} | fields)
+    return partial_convergence_test(norms, losses, config, update_ranks)
 
 
 @given(histories())
@@ -333,3 +335,65 @@ def test_layer_changes_follow_the_window_option():
 def test_layer_changes_need_two_epochs(epochs):
     with pytest.raises(ValueError, match=f"^{epochs} monitored epochs: ranks need at least 2$"):
         layer_changes([[8.0]] * epochs, PreLoRAConfig())
+
+
+# criterion = "update_rank".
+
+RANKS = st.one_of(st.integers(1, 12).map(float), st.sampled_from([8.0, 8.0, math.nan, math.inf]))
+
+
+@st.composite
+def update_histories(draw):
+    """(config, norms, losses, update ranks) of k windows of one epoch, and up to two windows of ranks more."""
+    k, layers = draw(st.integers(2, 4)), draw(st.integers(1, 3))
+    windows = draw(st.integers(k - 1, k + 1))
+    of_layers = st.lists(RANKS, min_size=layers, max_size=layers)
+    of_group = st.lists(of_layers, min_size=windows, max_size=windows)
+    ranks = draw(st.dictionaries(st.sampled_from("qkv"), of_group, min_size=1, max_size=3))
+    norms = {group: [[draw(st.sampled_from([1.0, 5.0]))] * layers for _ in range(k)] for group in ranks}
+    losses = draw(st.lists(st.sampled_from([1.0, 1.0, 1.0, 1.5]), min_size=k, max_size=k))
+    fields = {
+        "k": k,
+        "m": 1,
+        "zeta": 10.0,
+        "criterion": "update_rank",
+        "update_rank_max": draw(st.sampled_from([4, 8])),
+    }
+    return PreLoRAConfig(**fields), norms, losses, ranks
+
+
+@given(update_histories())
+@settings(max_examples=300, deadline=None)
+def test_update_ranks_pass_iff_every_groups_mean_is_low_in_all_last_windows_and_the_loss_stands(history):
+    config, norms, losses, ranks = history
+    last = {group: windows[-(config.k - 1) :] for group, windows in ranks.items()}
+    low = all(sum(w) / len(w) <= config.update_rank_max for windows in last.values() for w in windows)
+    stands = all(abs(b / a - 1) * 100 <= config.zeta for a, b in itertools.pairwise(losses))
+
+    verdict = partial_convergence_test(norms, losses, config, ranks)
+
+    assert verdict.passed == (low and stands)
+
+
+def test_update_ranks_name_the_group_that_holds_back_and_by_how_much():
+    ranks = {"q": [[9.0, 7.0], [8.0, 8.0]], "v": [[2.0, 4.0], [8.0, 9.0]]}
+    fields = {"k": 3, "criterion": "update_rank", "update_rank_max": 8, "zeta": 10.0}
+
+    verdict = partial_convergence_test(
+        {"q": [[1.0] * 2] * 3, "v": [[1.0] * 2] * 3}, [1.0] * 3, PreLoRAConfig(m=1, **fields), ranks
+    )
+
+    assert verdict.reason == "update of v in window 3 of 3 has stable rank 8.500: over update_rank_max = 8"
+    assert verdict.update_ranks == {"q": (8.0, 8.0), "v": (3.0, 8.5)}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_undefined_update_rank_does_not_pass(value):
+    verdict = judge({"q": [[1.0]] * 2}, [1.0] * 2, criterion="update_rank", update_ranks={"q": [[value]]})
+
+    assert verdict.reason.startswith("update of q in window 2 of 2 has no stable rank")
+
+
+def test_fewer_windows_of_update_ranks_than_the_test_reads_are_refused():
+    with pytest.raises(ValueError, match="group 'q' has update ranks of 1 windows: the test needs 2"):
+        judge({"q": [[1.0]] * 3}, [1.0] * 3, criterion="update_rank", update_ranks={"q": [[1.0]]})

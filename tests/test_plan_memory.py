@@ -70,6 +70,16 @@ def test_fsdp_shards_what_ddp_replicates(vit_large):
         assert shard[item] == whole[item] // 64
 
 
+def test_the_windows_copy_is_held_until_the_switch(vit_large):
+    phases, costs = vit_large
+    own = 4 * sum(cost.in_features * cost.out_features for cost in costs.values())
+    holding = Holding("ddp", 64, "fp32", state_bytes=8, window_snapshot=True)
+
+    held = [footprint(phase, NOTHING_SAVED, costs, holding).fixed["snapshot"] for phase in phases.values()]
+
+    assert held == [2 * own, own, own]
+
+
 # What autograd saves.
 
 

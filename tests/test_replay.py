@@ -106,6 +106,62 @@ def test_a_test_that_fails_names_groups_and_loss_with_the_points_that_are_missin
     assert held["loss"] == pytest.approx(100 * abs(log.losses[1] / log.losses[0] - 1) - 1e-3)
 
 
+@pytest.fixture(scope="module")
+def ranked(tmp_path_factory):
+    """A baseline's log with update ranks, of windows of two epochs."""
+    settings = {"criterion": "update_rank", "m": 2}
+    return finished(tmp_path_factory.mktemp("ranked") / "baseline", method="full", prelora=settings)
+
+
+def test_a_baselines_update_ranks_predict_the_live_switch(ranked, tmp_path):
+    windows = replay(load_log(ranked), PreLoRAConfig(criterion="update_rank", k=2, m=2)).windows
+    assert [window.epoch for window in windows] == [4, 6]
+    limit = max(windows[0].by_group.values())
+    settings = {"criterion": "update_rank", "update_rank_max": limit, "k": 2, "m": 2, "zeta": 1e4}
+
+    predicted, closer = (
+        replayed_json(ranked, *options({**settings, "update_rank_max": most}))["runs"][0]
+        for most in (limit, limit * 0.999)
+    )
+
+    live = load_run(finished(tmp_path / "live", prelora=settings))
+    assert predicted["switch_epoch"] == live.switch.epoch == 4
+    assert predicted["ranks"] == live.ranks
+    assert predicted["reason"] == live.switch.event.reason
+    assert closer["switch_epoch"] != 4
+    assert list(closer["windows"][0]["held_back"].values()) == [pytest.approx(limit * 0.001)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"m": 1}, "m = 1: the update ranks of baseline are of its own windows, accepted is m = 2"),
+        ({"monitor_from": 2}, "monitor_from = 2: the update ranks of baseline are of its own windows"),
+        ({"suggest_switch": "2-6"}, "are about tau: accepted is --criterion norm"),
+        ({"suggest_saving": 0}, "are about tau: accepted is --criterion norm"),
+    ],
+)
+def test_what_a_logs_update_ranks_cannot_tell_is_refused(settings, said, ranked):
+    with pytest.raises(ValueError, match=said):
+        replay_command([str(ranked), *options(settings)])
+
+
+def test_a_log_without_update_ranks_cannot_be_replayed_by_them(baseline, tmp_path):
+    for log in (baseline, write_csv(tmp_path / "norms.csv", load_run(baseline))):
+        with pytest.raises(
+            ValueError, match=r"criterion = 'update_rank': the log of \w+ has no update ranks; accepted"
+        ):
+            replay_command([str(log), "--criterion", "update_rank"])
+
+
+def test_a_log_with_update_ranks_is_replayed_by_norms_as_any_other(ranked, baseline):
+    settings = ["--criterion", "norm", "--k", 2, "--m", 2, "--tau", 50, "--zeta", 50]
+
+    by_norms, expected = (replayed_json(log, *settings)["runs"][0]["windows"] for log in (ranked, baseline))
+
+    assert by_norms == expected
+
+
 @pytest.mark.parametrize("min_epoch", [0, 9])
 @pytest.mark.parametrize("deadline", [None, 13])
 @pytest.mark.parametrize("seed", range(3))

@@ -152,7 +152,7 @@ def test_every_seed_and_path_has_an_a_of_its_own():
 
 
 def test_the_stream_is_the_same_in_every_process_and_release():
-    assert surgery._stream(0, "blocks.0.attn.qkv") == 500484467788002459
+    assert surgery.stream(0, "blocks.0.attn.qkv") == 500484467788002459
 
 
 def test_injection_moves_no_global_random_state():

@@ -29,7 +29,8 @@ FIELDS = {
     "quarantined", "event",
 }  # fmt: skip
 EVENT_FIELDS = {
-    "phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share", "plan_flops",
+    "phase", "action", "reason", "norm_changes", "loss_changes", "update_ranks", "ranks", "released", "trainable_share",
+    "plan_flops",
 }  # fmt: skip
 TARGETS = [
     f"blocks.{block}.{name}"

@@ -131,8 +131,9 @@ def window_changes(run: Run) -> Figure:
         changes = [_largest(epoch.event.norm_changes.get(group, ())) for epoch in tested]
         drawing.draw_series(left, epochs, changes, index, group)
     drawing.draw_series(right, epochs, [_largest(epoch.event.loss_changes) for epoch in tested], 0, "loss")
+    decides = run.info.config.get("criterion", "norm") == "norm"  # other criteria hold nothing against tau
     for axes, what, key, sign in (
-        (left, "weight norm, by group", "tau", "τ"),
+        (left, "weight norm, by group", "tau" if decides else "", "τ"),
         (right, "training loss", "zeta", "ζ"),
     ):
         drawing.time_axes(axes, before, "largest change between windows (%)", what)

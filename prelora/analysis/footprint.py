@@ -55,8 +55,8 @@ ITEMS = (
     "activations",
     "workspace",
 )
-"""gradients live in DDP's buckets where those are viewed; snapshot: of the targets' weights, for update norms;
-gathered: what FSDP has unsharded; w_eff: W + s·B·A, and autocast's copies of other weights."""
+"""gradients live in DDP's buckets where those are viewed; snapshot: of the targets' weights, for update norms
+and ranks; gathered: what FSDP has unsharded; w_eff: W + s·B·A, and autocast's copies of other weights."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,8 @@ class Holding:
     ema: bool = False
     snapshot: bool = True
     """The targets' weights of the last epoch are kept (``log_updates``)."""
+    window_snapshot: bool = False
+    """Those of the last window's end are kept, too, until the switch (``PreLoRAConfig.keeps_windows``)."""
     accumulates: bool = False
     """Several micro-batches a step: FSDP then holds whole gradients between them."""
 
@@ -87,13 +89,14 @@ def footprint(phase: PhaseModel, saved: Saved, costs: Mapping[str, TargetCost], 
     base, lora, trained = phase.elements(lora=False), phase.elements(lora=True), phase.trainable
     reduced = sum(parameter.numel() for parameter in phase.reduced())
     shards = holding.gpus if holding.strategy == "fsdp" else 1
+    copies = holding.snapshot + (holding.window_snapshot and not lora)
     fixed = {
         "weights": FP32 * base // shards,
         "lora": FP32 * lora // shards,
         "gradients": FP32 * trained // shards,
         "optimizer": round(holding.state_bytes * trained) // shards,
         "ema": FP32 * (base + lora) // shards if holding.ema else 0,
-        "snapshot": FP32 * _adapted_elements(costs) // shards if holding.snapshot else 0,
+        "snapshot": copies * (FP32 * _adapted_elements(costs) // shards),
         "w_eff": saved.fixed,
     }
     if holding.strategy == "fsdp":

@@ -158,6 +158,7 @@ def make_plan(
         bucket_view=setup.bucket_view,
         ema=setup.ema,
         snapshot=config.log_updates,
+        window_snapshot=config.keeps_windows,
         accumulates=setup.accumulate > 1,
     )
     phases = {

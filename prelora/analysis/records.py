@@ -95,6 +95,8 @@ class Event:
     """Bytes, by item."""
     plan_flops: Mapping[str, float] | None
     """FLOPs per image by phase, with these ranks."""
+    update_ranks: Mapping[str, float]
+    """Stable rank by target of the change over the window that ended here; empty when not measured."""
 
     @property
     def switched(self) -> bool:
@@ -287,6 +289,7 @@ def _event(raw: Mapping[str, Any]) -> Event:
         ranks=raw["ranks"],
         released=raw["released"],
         plan_flops=_numbers(raw["plan_flops"]) if raw.get("plan_flops") else None,
+        update_ranks=_numbers(raw.get("update_ranks", {})),
     )
 
 

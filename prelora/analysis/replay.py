@@ -20,7 +20,9 @@ class Window:
     epoch: int
     """Finished epochs."""
     by_group: dict[str, float]
-    """Each group's largest |change| between the windows compared, percent; infinite where one is undefined."""
+    """Each group's largest |change| between the windows compared, percent; infinite where one is undefined.
+
+    With criterion "update_rank" its largest stable rank instead."""
     loss: float
     """The loss's."""
 
@@ -34,10 +36,9 @@ class Window:
         return self.tau <= tau and self.loss <= zeta
 
     def held_back(self, config: PreLoRAConfig) -> dict[str, float]:
-        """By what: groups and ``"loss"`` over their threshold, and by how many percentage points."""
-        over = {group: change - config.tau for group, change in self.by_group.items()} | {
-            "loss": self.loss - config.zeta
-        }
+        """By what: groups and ``"loss"`` over their threshold, and by how many percentage points or ranks."""
+        threshold = config.tau if config.criterion == "norm" else config.update_rank_max
+        over = {group: found - threshold for group, found in self.by_group.items()} | {"loss": self.loss - config.zeta}
         return {what: points for what, points in over.items() if points > 0}
 
 
@@ -58,7 +59,13 @@ class Replay:
 
 
 def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
-    """Feed the log's FULL epochs to the monitor that a live run decides by; nothing is trained."""
+    """Feed the log's FULL epochs to the monitor that a live run decides by; nothing is trained.
+
+    Raises:
+        ValueError: the criterion is "update_rank", and the log has none of these windows.
+    """
+    if config.criterion == "update_rank":
+        _check_update_ranks(log, config)
     monitor = Monitor(log.targets, config)
     windows: list[Window] = []
     switched: int | None = None
@@ -67,6 +74,8 @@ def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
         if epoch > config.monitor_from:
             monitor.record(loss, norms)
         if epoch > config.monitor_from and monitor.window_complete:
+            if config.criterion == "update_rank":
+                monitor.record_update(log.update_ranks[epoch - 1])
             windows += _tested(epoch, monitor.test())
         if switched is None:
             verdict, switches = monitor.decide(epoch)
@@ -95,10 +104,25 @@ def ranks_without_shapes(changes: Mapping[str, Mapping[str, float]], config: Pre
     return assign_ranks(changes, shapes, config)
 
 
+def _check_update_ranks(log: NormLog, config: PreLoRAConfig) -> None:
+    """Hold that the log has the update ranks of the very windows that ``config`` tests."""
+    if not any(log.update_ranks):
+        raise ValueError(
+            f"criterion = 'update_rank': the log of {log.name} has no update ranks; accepted is a run that was itself "
+            f"trained with criterion = 'update_rank' or lora_init = 'window_update'"
+        )
+    for name in ("m", "monitor_from"):
+        here, there = getattr(config, name), getattr(log.config, name)
+        if here != there:
+            raise ValueError(
+                f"{name} = {here}: the update ranks of {log.name} are of its own windows, accepted is {name} = {there}"
+            )
+
+
 def _tested(epoch: int, verdict: Verdict) -> list[Window]:
     if not verdict.norm_changes:  # fewer than k windows
         return []
-    largest = {group: _largest(steps) for group, steps in verdict.norm_changes.items()}
+    largest = {group: _largest(steps) for group, steps in (verdict.update_ranks or verdict.norm_changes).items()}
     return [Window(epoch, largest, _largest(verdict.loss_changes))]
 
 

@@ -27,12 +27,13 @@ from prelora.analysis.replay_table import (
     describe_windows,
 )
 from prelora.analysis.replay_thresholds import Suggestion, grid, suggest_saving, suggest_switch
-from prelora.config import Aggregate, Freeze, Normalize, Window
+from prelora.config import Aggregate, Criterion, Freeze, Normalize, Window
 from prelora.errors import PreLoRAWarning
 
 INTEGERS = ("k", "m", "r_min", "r_max", "warmup_epochs", "monitor_from", "min_epoch")
 CHOICES: dict[str, tuple[str, ...]] = {
     "freeze": get_args(Freeze),
+    "criterion": get_args(Criterion),
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
@@ -51,6 +52,9 @@ def main(arguments: Sequence[str]) -> str:
         raise ValueError(f"{len(options.runs)} RUNs: accepted is one with --grid, --suggest-switch, --suggest-saving")
     outcomes = [_outcome(load_log(path), options) for path in options.runs]
     first = outcomes[0].replayed
+    about_tau = options.grid or options.suggest_switch or options.suggest_saving is not None
+    if about_tau and first.config.criterion != "norm":
+        raise ValueError("--grid, --suggest-switch and --suggest-saving are about tau: accepted is --criterion norm")
     suggested = _suggestions(first, options)
     taus, zetas = options.grid or ([], [])
     epochs = grid(first, taus, zetas)
@@ -83,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         settings.add_argument(_flag(name), type=int, metavar="N")
     settings.add_argument("--tau", type=float, help="percent")
     settings.add_argument("--zeta", type=float, help="percent")
+    settings.add_argument("--update-rank-max", type=float, help="stable rank, with --criterion update_rank")
     settings.add_argument("--deadline", type=_or_none(int), help="epochs, or none")
     settings.add_argument("--budget", type=_or_none(float), help="trainable share in (0, 1], or none")
     for name, accepted in CHOICES.items():
@@ -107,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _outcome(log: NormLog, options: argparse.Namespace) -> Outcome:
-    names = [*INTEGERS, "tau", "zeta", "deadline", "budget", *CHOICES]
+    names = [*INTEGERS, "tau", "zeta", "update_rank_max", "deadline", "budget", *CHOICES]
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     given = {name: None if value == "none" else value for name, value in given.items()}
     config = dataclasses.replace(log.config, **given)

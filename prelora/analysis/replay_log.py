@@ -30,6 +30,8 @@ class NormLog:
     """What the run itself was configured with; the defaults for a CSV."""
     stopped_by: str
     """Why there is no FULL epoch after the last one, in words."""
+    update_ranks: tuple[dict[str, float], ...] = ()
+    """Stable rank by target of the change over the window that ended with each epoch; empty where there is none."""
     run: Run | None = None
     """None for a CSV."""
     folder: Path | None = None
@@ -68,6 +70,7 @@ def _from_run(folder: Path) -> NormLog:
         norms=tuple(dict(epoch.norms) for epoch in full),
         config=config,
         stopped_by=ends,
+        update_ranks=tuple(dict(epoch.event.update_ranks) for epoch in full),
         run=run,
         folder=folder,
     )

@@ -54,7 +54,10 @@ def describe_windows(replayed: Replay) -> list[str]:
     shown = [window for window in replayed.windows if window.epoch <= last]
     if not shown:
         return ["", f"No test: {replayed.reason}."]
-    rows = [("epoch", "passes from tau %", "zeta %", "held back by, in percentage points")]
+    what, points = "tau %", "in percentage points"
+    if config.criterion == "update_rank":
+        what, points = "update_rank_max", "in ranks, and the loss in percentage points"
+    rows = [("epoch", f"passes from {what}", "zeta %", f"held back by, {points}")]
     rows += [(str(w.epoch), _percent(w.tau), _percent(w.loss), _held_back(w, config)) for w in shown]
     return ["", *_aligned(rows, left=(3,))]
 
@@ -109,7 +112,8 @@ def _run_cells(outcome: Outcome) -> tuple[str, ...]:
     replayed, costs = outcome.replayed, outcome.costs
     config, run = replayed.config, replayed.log.run
     recorded = run.switch.epoch if run is not None and run.switch is not None else None
-    thresholds = (str(config.k), str(config.m), f"{config.tau:.4g}", f"{config.zeta:.4g}")
+    tau = f"{config.tau:.4g}" if config.criterion == "norm" else "-"
+    thresholds = (str(config.k), str(config.m), tau, f"{config.zeta:.4g}")
     switches = ["-" if epoch is None else str(epoch) for epoch in (replayed.switch_epoch, recorded)]
     rank = f"{mean(outcome.ranks.values()):.1f}" if outcome.ranks else "-"
     gains = ["-"] * 4

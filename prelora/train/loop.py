@@ -257,7 +257,10 @@ class Trainer:
         self.progress = Progress(epoch=progress.epoch + 1, quarantined=progress.quarantined, pending=progress.pending)
 
     def _event(self, event: Event) -> dict[str, Any]:
-        names = ("phase", "action", "reason", "norm_changes", "loss_changes", "ranks", "released", "trainable_share")
+        names = (
+            "phase", "action", "reason", "norm_changes", "loss_changes", "update_ranks", "ranks", "released",
+            "trainable_share",
+        )  # fmt: skip
         flops = self._flops_by_phase(event.ranks) if event.ranks else None
         return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
 
