@@ -24,13 +24,13 @@ from prelora.train.display import plain_warnings
 from prelora.train.model import build_model
 
 FIELDS = {
-    "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "communication", "memory",
+    "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "flops_per_image", "communication", "memory",
     "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps",
     "quarantined", "event",
 }  # fmt: skip
 EVENT_FIELDS = {
     "phase", "action", "reason", "norm_changes", "loss_changes", "update_ranks", "ranks", "released", "trainable_share",
-    "plan_flops",
+    "switched_groups", "frozen_groups", "plan_flops",
 }  # fmt: skip
 TARGETS = [
     f"blocks.{block}.{name}"
@@ -426,7 +426,7 @@ def test_a_terminal_gets_a_bar_with_phase_loss_rate_and_time_left(tmp_path, monk
     ("changes", "said"),
     [
         ({"prelora": {"tau": 1e-9}}, "The convergence test never passed: the run stayed at full rank"),
-        ({"prelora": {"warmup_epochs": 10}}, "The run ended within the warm-up: nothing was frozen"),
+        ({"prelora": {"warmup_epochs": 10}}, "The run ended within the warm-up: not all was frozen"),
         ({"method": "full"}, None),
         ({}, None),
     ],
