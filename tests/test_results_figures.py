@@ -225,6 +225,14 @@ def test_the_main_plot_tells_each_variants_end(results):
     assert told[2].endswith(f"; {exp2.told()} points, 7.4 % of the time saved, FLOPs allow 11.8 %")
 
 
+def test_the_main_plot_of_one_seed_has_no_whisker_and_says_so(one_seed):
+    figure = accuracy_wall_clock(one_seed)
+
+    told = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert all(" % (n = 1) in " in line for line in told)
+    assert [container for axes in figure.axes for container in axes.containers if container.has_yerr] == []
+
+
 def test_whiskers_at_the_end_are_the_interval(results):
     _, final = accuracy_wall_clock(results).axes
 

@@ -67,7 +67,10 @@ def accuracy_wall_clock(results: Results) -> Figure:
         _mark(course, [value / unit for value in end.seconds.values], end.top1, index)
         if end.difference is not None:
             _mark(final, end.saved.values, end.difference, index)
-            final.plot(end.saved.values, end.difference.values, "o", color=drawing.MUTED, ms=3, mfc="white", ls="")
+            color, _, marker = drawing.STYLES[index]
+            final.plot(
+                end.saved.values, end.difference.values, marker, color=color, ms=3.5, mfc="white", mew=0.8, ls=""
+            )
     drawing.style_axes(
         course,
         f"training time on the quiet machine ({name})",
@@ -82,7 +85,7 @@ def accuracy_wall_clock(results: Results) -> Figure:
         line_at_zero(0, color=drawing.MUTED, linewidth=0.7, linestyle=(0, (1, 2)), zorder=1)
     final.margins(0.08)
     drawing.legend_above(figure, course, 1)
-    whiskers = "Whiskers: 95 % t intervals, to the right of differences paired by seed; small dots: seeds"
+    whiskers = "Whiskers: 95 % t intervals, to the right of differences paired by seed; small and hollow: seeds"
     several = any(end.top1.n > 1 for end in ends.values())
     say_below(figure, results, variants, *([whiskers] if several else []), machine=True, bands=False)
     return figure
@@ -103,7 +106,7 @@ def flops_loss(results: Results) -> Figure:
             draw(axes, cut(line, start, unit), STYLE[variant], results.title(variant))
         drawing.style_axes(axes, f"training so far ({name})", "mean cross-entropy", title)
     drawing.legend_above(figure, panels[0], len(variants))
-    say_below(figure, results, variants, "From the first switch on")
+    say_below(figure, results, variants, "From shortly before the first switch on")
     return figure
 
 
@@ -150,8 +153,10 @@ def _end(results: Results, variant: str) -> _End:
 
 def _told(results: Results, variant: str, end: _End, unit: float, name: str) -> str:
     """A variant's end in words, every saving beside what FLOPs allow."""
-    spread = f" ± {end.top1.half_width:.2f}" if end.top1.n > 1 else ""
-    told = f"{results.title(variant)}: {end.top1.mean:.2f}{spread} % in {end.seconds.mean / unit:.3g} {name}"
+    reached = (
+        f"{end.top1.mean:.2f} ± {end.top1.half_width:.2f} %" if end.top1.n > 1 else f"{end.top1.mean:.2f} % (n = 1)"
+    )
+    told = f"{results.title(variant)}: {reached} in {end.seconds.mean / unit:.3g} {name}"
     if end.difference is None:
         return told
     saved = f"{end.saved.mean:.1f} % of the time saved, FLOPs allow {end.allowed.mean:.1f} %".replace("-", "−")
