@@ -65,6 +65,8 @@ def initial_a(
         a = a.to(weight.device, dtype)
         rows = a.split([ranks[target.name] for target in slices])
         for (target, change), drawn in zip(changes, rows, strict=False):  # no changes but on rank 0
+            if not len(drawn):  # a layer that the plan leaves without LoRA
+                continue
             directions = leading_directions(change, len(drawn), stream(seed, f"{target.name}@switch"))
             unmoved += [] if len(directions) else [target.name]
             _lead_with(directions, drawn)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import tyro
+from torch import Tensor
 
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
 from prelora.checkpoint import checkpoint_path, checkpoints, load_checkpoint, read_manifest, save_checkpoint
 from prelora.errors import CheckpointError
+from prelora.targets import from_dicts
 from prelora.train import run_dir
 from prelora.train.build import algorithm
 from prelora.train.config import TrainConfig, from_dict, load_yaml, save_yaml, to_dict
@@ -32,7 +34,8 @@ def fork(source: Path, epoch: int, config: TrainConfig) -> Path:
     """Make ``config.output`` a run that has trained as far as ``source`` had after ``epoch``; returns its folder.
 
     With ``--resume auto`` it goes on from there, bit for bit as if it had been trained as ``config`` from the start:
-    that is what is held here, for until its switch a run does nothing with the settings that may differ.
+    that is what is held here, for until its switch a run does nothing with the settings that may differ. Only the log
+    of the epochs taken over has no update ranks, if the source measured none.
 
     Args:
         source: a run's folder, with its checkpoint after ``epoch``, in FULL.
@@ -50,7 +53,8 @@ def fork(source: Path, epoch: int, config: TrainConfig) -> Path:
     if tree["train"]["progress"]["step"]:
         raise CheckpointError(f"{path} was written within an epoch: accepted is one of an epoch's end")
     _check_same_until(epoch, tree["train"]["config"], config)
-    if config.method == "prelora":
+    tree["window_snapshot"] = _window_snapshot(source, epoch, tree, config)
+    if config.method == "prelora" and epoch > config.prelora.monitor_from:
         _check_still_full(source, epoch, config)
     if config.output.exists():
         raise ValueError(f"output = {config.output} exists: give another")
@@ -109,6 +113,23 @@ def _after(source: Path, epoch: int) -> Path:
             f"{source} kept no checkpoint of the end of epoch {epoch}, but of {held}: more with checkpoint.keep-last"
         )
     return found[epoch]
+
+
+def _window_snapshot(
+    source: Path, epoch: int, tree: Mapping[str, Any], config: TrainConfig
+) -> dict[str, Tensor] | None:
+    """The targets' weights at the last window's end, which a run keeps only if its settings ask for them."""
+    ours, theirs = config.prelora, from_dict(tree["train"]["config"]).prelora
+    if not ours.keeps_windows or epoch < ours.monitor_from:
+        return None
+    if theirs.criterion != ours.criterion and epoch > ours.monitor_from:
+        raise ValueError(
+            f"prelora.criterion = {ours.criterion!r}: the run to fork kept no changes of its windows; accepted are "
+            f"epochs up to monitor_from = {ours.monitor_from}"
+        )
+    start = epoch - (epoch - ours.monitor_from) % ours.m
+    model = (tree if start == epoch else load_checkpoint(_after(source, start)))["model"]
+    return {target.path: model[f"{target.path}.weight"] for target in from_dicts(tree["targets"])}
 
 
 def _check_same_until(epoch: int, saved: Mapping[str, Any], config: TrainConfig) -> None:
