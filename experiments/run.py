@@ -92,6 +92,8 @@ def _forked_from(variant: Variant, config: TrainConfig, source: Path) -> int:
     """Epochs to take over from the full-rank run: up to a window before the switch, which the run then makes itself."""
     if variant.stop_at_switch_of is not None:
         return config.epochs - variant.cooldown_epochs
+    if variant.fork and config.prelora.criterion == "update_rank":  # of which the full-rank run's log has nothing
+        return config.prelora.monitor_from
     return _switch(config, source) - config.prelora.m if variant.fork else 0
 
 
