@@ -6,13 +6,28 @@ import math
 
 import pytest
 import torch
-from tiny_runs import PHASES, STEPS, copied, damage, drop_newest, finished, metrics, names, newest, outcome, tiny, train
+from tiny_runs import (
+    PHASES,
+    STEPS,
+    TINY,
+    copied,
+    damage,
+    drop_newest,
+    finished,
+    metrics,
+    names,
+    newest,
+    outcome,
+    tiny,
+    train,
+)
 
-from prelora import checkpoint
+from prelora import CheckpointError, checkpoint
 from prelora.checkpoint import checkpoints, verify_checkpoint
 from prelora.train import loop, run_dir
 from prelora.train.__main__ import EXIT_BAD_INPUT, EXIT_CHECKPOINT, EXIT_NOT_FINITE
-from prelora.train.config import load_yaml
+from prelora.train.config import load_yaml, to_dict
+from prelora.train.resume import check_resumable
 
 FULL_DISK = OSError(errno.ENOSPC, "No space left on device")
 
@@ -219,6 +234,16 @@ def test_a_disk_full_while_the_metrics_are_written_exits_with_4(write, tmp_path,
 
 
 # Resuming with something else, or from damage.
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_was_at_its_default():
+    saved = {"config": to_dict(TINY), "world_size": 1}
+    del saved["config"]["prelora"]["switch"], saved["config"]["optim"]["cooldown_epochs"]
+
+    check_resumable(saved, to_dict(TINY))
+
+    with pytest.raises(CheckpointError, match="prelora.switch = together, the config says per_group"):
+        check_resumable(saved, to_dict(tiny(TINY.output, prelora={"switch": "per_group"})))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import Any
 
 from prelora import distributed
 from prelora.errors import CheckpointError
+from prelora.train.config import TrainConfig, to_dict
 from prelora.train.rng import rng_state, seed_all, set_rng_state
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
@@ -26,7 +27,8 @@ def check_resumable(saved: Mapping[str, Any], config: Mapping[str, Any]) -> None
     Raises:
         CheckpointError: naming the first field that differs and may not, with both values.
     """
-    theirs, ours = flat(saved["config"]), flat(config)
+    # A setting that is younger than the checkpoint was at its default.
+    theirs, ours = flat(to_dict(TrainConfig())) | flat(saved["config"]), flat(config)
     for key in [*ours, *theirs]:
         if key in FREE or key.partition(".")[0] in FREE or key in SPLIT:
             continue
