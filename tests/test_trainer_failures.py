@@ -242,7 +242,7 @@ def test_a_setting_that_is_younger_than_the_checkpoint_was_at_its_default():
 
     check_resumable(saved, to_dict(TINY))
 
-    with pytest.raises(CheckpointError, match="prelora.switch = together, the config says per_group"):
+    with pytest.raises(CheckpointError, match=r"prelora\.switch = together, the config says per_group"):
         check_resumable(saved, to_dict(tiny(TINY.output, prelora={"switch": "per_group"})))
 
 
