@@ -30,9 +30,10 @@ VARIANTS = {
     "reversed": ("reversed ranks", None, None, 15, 2, -0.4),
     "fixed_quarter": ("switch at a quarter", None, None, 8, 2, -0.9),
     "fixed_half": ("switch at half", None, None, 15, 2, -0.25),
-    "update_rank": ("criterion: update rank", None, None, 17, 2, -0.15),
+    "lora_lr4": ("LoRA's rate × 4", 2.0, 10.0, 15, 2, 0.4),
     "lora_init": ("A from the last window", 2.0, 10.0, 15, 2, -0.2),
     "per_group": ("switch by group", 2.0, 10.0, 13, 2, -0.3),
+    "update_rank": ("criterion: update rank", None, None, 17, 2, -0.15),
 }
 TIMED = ("exp1", "exp2", "exp3", "freeze_only")
 SHORTER = 26

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from prelora.analysis import drawing
@@ -85,7 +85,7 @@ def loss_and_accuracy(run: Run) -> Figure:
 
 
 def rank_map(run: Run) -> Figure:
-    """Rank of every target: layers across, groups down."""
+    """Rank of every target, darker where higher: layers across, groups down."""
     labels, layers, grid = rank_grid(run)
     figure = drawing.new_figure(1.1 + 0.36 * max(3, len(labels)))
     axes = figure.subplots()
@@ -96,27 +96,7 @@ def rank_map(run: Run) -> Figure:
         drawing.add_note(axes, NO_SWITCH)
         return figure
     ranks = sorted({rank for row in grid for rank in row if rank is not None})
-    levels = {rank: (place + 0.5) / len(ranks) for place, rank in enumerate(ranks)}
-    values = [[math.nan if rank is None else levels[rank] for rank in row] for row in grid]
-    norm = BoundaryNorm([place / len(ranks) for place in range(len(ranks) + 1)], drawing.RANKS.N)
-    mesh = axes.pcolormesh(values, cmap=drawing.RANKS, norm=norm, edgecolors=drawing.GRID, linewidth=0.8)
-    for y, row in enumerate(grid):
-        for x, rank in enumerate(row):
-            if rank is not None:
-                ink = "#10202d" if levels[rank] < 0.6 else "#fefefe"
-                axes.text(x + 0.5, y + 0.5, str(rank), ha="center", va="center", fontsize=7.5, color=ink)
-    axes.set_xticks([x + 0.5 for x in range(len(layers))], [str(layer) for layer in layers])
-    axes.set_yticks([y + 0.5 for y in range(len(labels))], labels)
-    axes.invert_yaxis()
-    axes.tick_params(length=0)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
-    bar = figure.colorbar(mesh, ax=axes, aspect=12, pad=0.015, ticks=list(levels.values()))
-    bar.minorticks_off()
-    bar.ax.set_yticklabels([str(rank) for rank in ranks])
-    bar.ax.tick_params(labelsize=8, colors=drawing.MUTED, length=0)
-    bar.set_label("rank", fontsize=8.5, color=drawing.MUTED)
-    bar.outline.set_visible(False)
+    drawing.draw_rank_grid(axes, labels, layers, grid, ranks)
     return figure
 
 

@@ -25,7 +25,7 @@ FIGURES: tuple[Callable[[Results], Figure], ...] = (
     results_cost_figures.flops_loss,
     results_cost_figures.speedup_ceiling,
     results_differences.controls,
-    results_differences.criterion,
+    results_differences.alternatives,
 )
 """Each is written under its function's name."""
 
