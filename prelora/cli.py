@@ -134,7 +134,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _figures(options: argparse.Namespace) -> int:
-    from prelora.analysis.figures_command import write_figures
+    from prelora.analysis.results.command import write_figures
 
     print("\n".join(write_figures(options.results, options.out)))
     return 0

@@ -9,7 +9,7 @@ from tiny_runs import TINY, train
 
 from experiments import collect, declaration, run, step_times
 from prelora.analysis.records import load_run
-from prelora.analysis.results import load_results
+from prelora.analysis.results.loading import load_results
 from prelora.train.config import load_yaml, to_dict
 
 DATASETS = declaration.load_grid()

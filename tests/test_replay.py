@@ -8,10 +8,11 @@ import random
 import pytest
 from tiny_runs import TINY, finished, metrics
 
+from prelora.analysis.drawing import save_figure
 from prelora.analysis.records import load_run
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_command import main as replay_command
-from prelora.analysis.replay_figure import draw_grid, save_grid
+from prelora.analysis.replay_figure import draw_grid
 from prelora.analysis.replay_log import NormLog, load_log
 from prelora.analysis.replay_thresholds import grid, reachable, suggest_saving, suggest_switch, switch_epoch
 from prelora.cli import main
@@ -309,7 +310,7 @@ def test_a_gap_in_the_log_is_refused(baseline, tmp_path, capsys):
 def test_the_grid_is_drawn_with_every_epoch_written_and_saved_as_png_and_svg(tmp_path):
     figure = draw_grid("mine", [0.5, 1.0], [1.0, 2.0, 4.0], [[None, 9, 6], [9, 6, 3]], 12)
 
-    png, svg = save_grid(figure, tmp_path / "grid")
+    png, svg = save_figure(figure, tmp_path / "grid")
 
     axes = figure.axes[0]
     assert sorted(text.get_text() for text in axes.texts) == ["3", "6", "6", "9", "9"]

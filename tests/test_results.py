@@ -19,9 +19,7 @@ from synthetic_results import (
     write_results,
 )
 
-from prelora.analysis.results import MissingDataError, join_prefixes, load_results
-from prelora.analysis.results_rows import NormRow, RunRow, TimingRow
-from prelora.analysis.results_time import (
+from prelora.analysis.results.clock import (
     baseline_of,
     epoch_seconds,
     phase_ceiling,
@@ -29,6 +27,8 @@ from prelora.analysis.results_time import (
     run_speed_up,
     wall_clock,
 )
+from prelora.analysis.results.loading import MissingDataError, join_prefixes, load_results
+from prelora.analysis.results.rows import NormRow, RunRow, TimingRow
 
 
 @pytest.fixture(scope="module")

@@ -8,13 +8,13 @@ from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 from synthetic_results import EPOCHS, VARIANTS, top1, write_results
 
-from prelora.analysis.figures_command import FIGURES, write_figures
-from prelora.analysis.results import MissingDataError, load_results
-from prelora.analysis.results_cost_figures import accuracy_wall_clock, speedup_ceiling
-from prelora.analysis.results_differences import alternatives, controls, top1_difference
-from prelora.analysis.results_figures import fig4, fig5, fig6, ranks
-from prelora.analysis.results_phase_figure import fig7
-from prelora.analysis.results_table import table1
+from prelora.analysis.results.command import FIGURES, write_figures
+from prelora.analysis.results.cost_figures import accuracy_wall_clock, speedup_ceiling
+from prelora.analysis.results.differences import alternatives, controls, top1_difference
+from prelora.analysis.results.figures import fig4, fig5, fig6, ranks
+from prelora.analysis.results.loading import MissingDataError, load_results
+from prelora.analysis.results.phase_figure import fig7
+from prelora.analysis.results.table import table1
 from prelora.cli import main
 
 LABELS = {

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prelora.analysis.results_stats import Sample, band, paired_difference, signed, t_quantile
+from prelora.analysis.results.stats import Sample, band, paired_difference, signed, t_quantile
 
 stats = pytest.importorskip("scipy.stats")
 

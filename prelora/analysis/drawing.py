@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
@@ -274,3 +276,12 @@ def draw_rank_grid(
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> list[Path]:
+    """Write a figure as PNG and as SVG; returns both paths."""
+    written = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name, "hatch.linewidth": 0.7}):
+        for file in written:
+            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
+    return written

@@ -13,9 +13,10 @@ from typing import Any, get_args
 
 import numpy as np
 
+from prelora.analysis.drawing import save_figure
 from prelora.analysis.replay import Replay, changes_at, replay
 from prelora.analysis.replay_costs import Costs, count_sizes, predict, replayed_ranks
-from prelora.analysis.replay_figure import draw_grid, save_grid
+from prelora.analysis.replay_figure import draw_grid
 from prelora.analysis.replay_log import NormLog, load_log
 from prelora.analysis.replay_table import (
     Outcome,
@@ -156,7 +157,7 @@ def _draw(replayed: Replay, options: argparse.Namespace, epochs: list[list[int |
     stem = "replay-grid" if log.folder is not None else f"{source.stem}-replay-grid"
     taus, zetas = options.grid
     figure = draw_grid(log.name, taus, zetas, epochs, len(log.losses))
-    return save_grid(figure, options.out or folder / stem)
+    return save_figure(figure, options.out or folder / stem)
 
 
 def _json(outcomes: Sequence[Outcome], suggested: Sequence[Suggestion], drawn: dict[str, Any] | None) -> str:

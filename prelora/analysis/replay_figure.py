@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -50,15 +48,6 @@ def draw_grid(
     bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     bar.ax.tick_params(colors=MUTED, labelsize=8, length=3, width=0.6)
     return figure
-
-
-def save_grid(figure: Figure, path: Path) -> list[Path]:
-    """Write it as PNG and as SVG; returns both paths."""
-    written = [path.with_name(f"{path.name}{suffix}") for suffix in (".png", ".svg")]
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name, "hatch.linewidth": 0.7}):
-        for file in written:
-            figure.savefig(file, dpi=150, metadata={"Date": None} if file.suffix == ".svg" else None)
-    return written
 
 
 def _ticks(place: Callable[..., object], values: Sequence[float]) -> None:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from prelora.analysis.results_csv import read_rows
-from prelora.analysis.results_rows import EpochRow, LayerRow, NormRow, RankRow, RunRow, TimingRow
+from prelora.analysis.results.cells import read_rows
+from prelora.analysis.results.rows import EpochRow, LayerRow, NormRow, RankRow, RunRow, TimingRow
 
 Identity = tuple[str, int]
 """Variant and seed."""

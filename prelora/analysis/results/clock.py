@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prelora.analysis.results import BASELINE, MissingDataError, Results
-from prelora.analysis.results_rows import EpochRow, Phase, RunRow, TimingRow
+from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
+from prelora.analysis.results.rows import EpochRow, Phase, RunRow, TimingRow
 
 FALLBACK = "exp2"
 """The variant whose timing serves those without their own."""

@@ -7,25 +7,25 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from prelora.analysis import results_cost_figures, results_differences, results_figures, results_phase_figure
-from prelora.analysis.replay_figure import save_grid
-from prelora.analysis.results import MissingDataError, Results, load_results
-from prelora.analysis.results_table import table1
+from prelora.analysis.drawing import save_figure
+from prelora.analysis.results import cost_figures, differences, figures, phase_figure
+from prelora.analysis.results.loading import MissingDataError, Results, load_results
+from prelora.analysis.results.table import table1
 from prelora.files import replace_text
 
 FIGURES: tuple[Callable[[Results], Figure], ...] = (
-    results_figures.fig1,
-    results_figures.fig3,
-    results_figures.fig4,
-    results_figures.fig5,
-    results_figures.fig6,
-    results_phase_figure.fig7,
-    results_figures.ranks,
-    results_cost_figures.accuracy_wall_clock,
-    results_cost_figures.flops_loss,
-    results_cost_figures.speedup_ceiling,
-    results_differences.controls,
-    results_differences.alternatives,
+    figures.fig1,
+    figures.fig3,
+    figures.fig4,
+    figures.fig5,
+    figures.fig6,
+    phase_figure.fig7,
+    figures.ranks,
+    cost_figures.accuracy_wall_clock,
+    cost_figures.flops_loss,
+    cost_figures.speedup_ceiling,
+    differences.controls,
+    differences.alternatives,
 )
 """Each is written under its function's name."""
 
@@ -61,7 +61,7 @@ def _write_dataset(results: Results, out: Path) -> list[str]:
         except MissingDataError as error:
             lines.append(f"{results.name}: {draw.__name__} left out: {error}")
             continue
-        lines += map(str, save_grid(figure, out / draw.__name__))
+        lines += map(str, save_figure(figure, out / draw.__name__))
     table = out / "table1.md"
     try:
         replace_text(table, table1(results))

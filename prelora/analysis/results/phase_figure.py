@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prelora.analysis import drawing
-from prelora.analysis.results import BASELINE, Results
-from prelora.analysis.results_rows import EpochRow, Phase, RunRow
-from prelora.analysis.results_series import compared, say_below
-from prelora.analysis.results_time import baseline_of, epoch_seconds, phase_ceiling
+from prelora.analysis.results.clock import baseline_of, epoch_seconds, phase_ceiling
+from prelora.analysis.results.loading import BASELINE, Results
+from prelora.analysis.results.rows import EpochRow, Phase, RunRow
+from prelora.analysis.results.series import compared, say_below
 
 PRELORA = "exp2"
 ITEMS = {

@@ -11,9 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prelora.analysis import drawing
-from prelora.analysis.results import BASELINE, MissingDataError, Results
-from prelora.analysis.results_differences import top1_difference
-from prelora.analysis.results_series import (
+from prelora.analysis.results.clock import (
+    phase_ceiling,
+    phase_time,
+    run_speed_up,
+    wall_clock,
+)
+from prelora.analysis.results.differences import top1_difference
+from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
+from prelora.analysis.results.series import (
     STYLE,
     THRESHOLDS,
     against,
@@ -26,13 +32,7 @@ from prelora.analysis.results_series import (
     spent_flops,
     spent_seconds,
 )
-from prelora.analysis.results_stats import Sample
-from prelora.analysis.results_time import (
-    phase_ceiling,
-    phase_time,
-    run_speed_up,
-    wall_clock,
-)
+from prelora.analysis.results.stats import Sample
 
 COMPARED = (*THRESHOLDS, "compressed")
 

@@ -6,11 +6,11 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from prelora.analysis.results import BASELINE, MissingDataError, Results, machine_line
-from prelora.analysis.results_differences import top1_difference
-from prelora.analysis.results_rows import RunRow
-from prelora.analysis.results_stats import Sample, signed
-from prelora.analysis.results_time import FALLBACK, baseline_of, phase_time, run_speed_up
+from prelora.analysis.results.clock import FALLBACK, baseline_of, phase_time, run_speed_up
+from prelora.analysis.results.differences import top1_difference
+from prelora.analysis.results.loading import BASELINE, MissingDataError, Results, machine_line
+from prelora.analysis.results.rows import RunRow
+from prelora.analysis.results.stats import Sample, signed
 
 HEADER = (
     "variant",

@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prelora.analysis import drawing
-from prelora.analysis.results import BASELINE, MissingDataError, Results, machine_line
-from prelora.analysis.results_rows import EpochRow, RunRow
-from prelora.analysis.results_stats import Band, band
-from prelora.analysis.results_time import baseline_of, cumulative, epoch_seconds
+from prelora.analysis.results.clock import baseline_of, cumulative, epoch_seconds
+from prelora.analysis.results.loading import BASELINE, MissingDataError, Results, machine_line
+from prelora.analysis.results.rows import EpochRow, RunRow
+from prelora.analysis.results.stats import Band, band
 
 STYLE = {"full": 0, "exp1": 1, "exp2": 2, "exp3": 3, "compressed": 4}
 """A variant's place in ``drawing.STYLES``, the same in every figure that compares these."""

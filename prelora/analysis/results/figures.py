@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from prelora.analysis import drawing
-from prelora.analysis.results import BASELINE, MissingDataError, Results
-from prelora.analysis.results_rows import EpochRow, NormRow, RunRow
-from prelora.analysis.results_series import (
+from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
+from prelora.analysis.results.rows import EpochRow, NormRow, RunRow
+from prelora.analysis.results.series import (
     STYLE,
     THRESHOLDS,
     by_epoch,
@@ -25,7 +25,7 @@ from prelora.analysis.results_series import (
     say_below,
     speed_ups,
 )
-from prelora.analysis.results_stats import Band, band
+from prelora.analysis.results.stats import Band, band
 
 QUERY = "q"
 RANKED = "exp2"
