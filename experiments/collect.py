@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.declaration import ROOT, Dataset, Variant, load_grid
 from experiments.step_times import COLUMNS, read_times
-from prelora.analysis.records import Run, load_run
+from prelora.analysis.records import Epoch, Run, load_run
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
 from prelora.analysis.summary import group_means
@@ -81,7 +81,7 @@ def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str,
         "final_loss": last.loss,
         "eval_loss": evaluated[-1].loss,
         "step_seconds": sum(epoch.seconds for epoch in run.epochs),
-        "flops": sum(epoch.images * run.flops[epoch.phase] for epoch in run.epochs),
+        "flops": sum(_flops(run, epoch) for epoch in run.epochs),
         "parameters": run.info.parameters,
         "trainable": last.trainable,
         "lora_parameters": sum(
@@ -107,7 +107,7 @@ def _epoch_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:
             "eval_loss": epoch.evaluation.loss if epoch.evaluation is not None else None,
             "seconds": epoch.seconds,
             "img_per_s": epoch.img_per_s,
-            "flops": epoch.images * run.flops[epoch.phase],
+            "flops": _flops(run, epoch),
             "trainable": epoch.trainable,
             "memory_parameters": memory["weights"] + memory["lora"],
             "memory_gradients": memory["gradients"],
@@ -115,6 +115,12 @@ def _epoch_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:
             "memory_other": memory["w_eff"] + memory["ema"],
             "peak_memory": epoch.peak_memory,
         }
+
+
+def _flops(run: Run, epoch: Epoch) -> float:
+    """Of the whole epoch; logs from before the field count by phase, in which their groups were all."""
+    of_image = epoch.flops_per_image
+    return epoch.images * (of_image if math.isfinite(of_image) else run.flops[epoch.phase])
 
 
 def _norm_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:
