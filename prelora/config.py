@@ -14,6 +14,7 @@ Normalize = Literal["minmax", "quantile"]
 Execution = Literal["auto", "merged", "two_path"]
 Criterion = Literal["norm", "update_rank"]
 LoRAInit = Literal["kaiming", "window_update"]
+Switch = Literal["together", "per_group"]
 
 PAPER_THRESHOLDS = {"exp1": (1.00, 5.00), "exp2": (0.50, 2.50), "exp3": (0.25, 1.00)}
 
@@ -55,6 +56,10 @@ class PreLoRAConfig:
     """Smallest rank (Algorithm 2); a power of two."""
     r_max: int = 64
     """Largest rank (Algorithm 2); a power of two, at least ``r_min``."""
+    switch: Switch = "together"
+    """Switch all groups once every one passes the test, or each group once it and the loss pass; ``warmup_epochs``,
+    ``min_epoch`` and ``deadline`` then hold for each. Groups that share a Linear (q, k and v of timm's fused
+    ``attn.qkv``) switch as one, once all of them pass."""
     warmup_epochs: int = 10
     """Epochs w in which base and LoRA train together before the base is frozen (section 3.3)."""
     freeze: Freeze = "targets"
@@ -129,6 +134,11 @@ class PreLoRAConfig:
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name} = {getattr(self, name)!r}: accepted are {', '.join(accepted)}")
+        if self.switch == "per_group" and self.budget is not None:
+            raise ValueError(
+                f"switch = 'per_group' with budget = {self.budget}: a budget is a share over all layers, whose ranks "
+                f"are not known at once; accepted is budget = None"
+            )
 
     @property
     def keeps_windows(self) -> bool:
@@ -155,6 +165,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
+    "switch": get_args(Switch),
 }
 
 

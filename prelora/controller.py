@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,16 +14,17 @@ from torch.optim import Optimizer
 
 from prelora import _ext, distributed, monitor, optim, sharding, shards, surgery, window_update
 from prelora.config import PreLoRAConfig
-from prelora.convergence import Verdict
 from prelora.errors import OptimizerError, PreLoRAWarning
-from prelora.events import Action, Event, Phase
+from prelora.events import Event, action_of
 from prelora.monitor import Monitor, Norms
 from prelora.nn import LoRALinear
 from prelora.nn.deferred_grads import defer_lora_grads, lora_grads_from_weights, lora_grads_pending
 from prelora.nn.execution import Choice
+from prelora.ramp import LoRARamp, Ramp
 from prelora.ranks import assign_ranks
-from prelora.state import STATE_VERSION, check_state, own_buffers, scheduler_state
+from prelora.state import STATE_VERSION, check_state, own_buffers, saved_clocks, saved_ramps, scheduler_state
 from prelora.targets import Layout, Target, base_parameters, find_targets, target_linear, target_shape
+from prelora.units import Clocks, Phase, decide, find_units, history
 
 RAMP_SHARE, RAMP_STEPS = 0.01, 500
 
@@ -74,14 +75,12 @@ class PreLoRA:
         self.total_steps = total_steps
         self.seed = seed
         self.defer_lora_grads = defer_lora_grads
-        self.phase: Phase = "full"
         self.epoch = 0
         """Epochs finished."""
         self.step = 0
         """Optimizer steps taken."""
-        self.switch_epoch: int | None = None
         self.ranks: dict[str, int] = {}
-        """The plan by target; empty before the switch."""
+        """The plan by target, of the groups that have switched."""
         self._reshard()
         self.targets = find_targets(self.base_model, targets)
         sharding.check_sharding(self.base_model, self.targets)
@@ -97,8 +96,9 @@ class PreLoRA:
             raise ValueError("the parameters and buffers of ema.module are not the model's: build ema from the model")
         if averaged is not None and sharding.is_sharded(averaged) != sharding.is_sharded(self.base_model):
             raise ValueError("model or ema.module alone is sharded: build ema, then apply fully_shard to both alike")
+        self._clocks = Clocks(find_units(self.targets, self.config.switch))
         self._monitor = Monitor(self.targets, self.config)
-        self._ramp = optim.LoRARamp(0, 0)
+        self._ramp = LoRARamp()
         self._hooks: list[Any] = []
         self._finished_step = -1
         self._watch_steps()
@@ -107,6 +107,21 @@ class PreLoRA:
         self._take_snapshot()
         self._window_start: dict[str, Tensor] = {}
         self._keep_window_start()
+
+    @property
+    def phase(self) -> Phase:
+        """``"full"`` until a group switches, ``"lora"`` once the base of all is frozen, ``"warmup"`` in between."""
+        return self._clocks.phase
+
+    @property
+    def group_phases(self) -> dict[str, Phase]:
+        """The phase of each group: with ``switch="per_group"`` they may differ."""
+        return self._clocks.phases
+
+    @property
+    def switch_epoch(self) -> int | None:
+        """Epochs finished when LoRA came into the first group; None before."""
+        return min(self._clocks.switch_epochs.values(), default=None)
 
     @property
     def base_model(self) -> nn.Module:
@@ -140,22 +155,23 @@ class PreLoRA:
         norms = monitor.measure(self.base_model, self.targets, self._snapshot)
         # Rank 0's numbers and decision are everyone's: a reduction need not round alike on every rank.
         norms = Norms(**distributed.broadcast_json(dataclasses.asdict(norms)))
-        if self.phase == "full" and self.epoch > self.config.monitor_from:
+        if "full" in self.group_phases.values() and self.epoch > self.config.monitor_from:
             self._monitor.record(mean_loss, norms.effective)
         update_ranks = self._window_update_ranks()
-        verdict, action = self._decide()
-        action = distributed.broadcast_json(action)
-        released: dict[str, int] = {}
-        if action != "none":
-            ranks = distributed.broadcast_json(self._plan() if action.startswith("switch") else self.ranks)
-            released = self._change(action, ranks, probe)
+        verdict, switching = decide(self._clocks, self._monitor, self.epoch)
+        switching = distributed.broadcast_json(switching)
+        ranks = distributed.broadcast_json(self._plan(switching) if switching else {})
+        self._clocks.mark(self.epoch, switching, [])
+        freezing = self._clocks.due(self.epoch, self.config.warmup_epochs)
+        self._clocks.mark(self.epoch, [], freezing)
+        released = self._change(switching, freezing, ranks, probe) if switching or freezing else {}
         self._take_snapshot()
         self._keep_window_start()
         trainable, total = parameter_counts(self.base_model)
         return Event(
             epoch=self.epoch,
             phase=self.phase,
-            action=action,
+            action=action_of(switching, freezing),
             reason=verdict.reason,
             loss=mean_loss,
             norms=norms,
@@ -166,6 +182,8 @@ class PreLoRA:
             trainable_share=trainable / total,
             released=released,
             update_ranks=update_ranks,
+            switched_groups=tuple(switching),
+            frozen_groups=tuple(freezing),
         )
 
     def finish_gradients(self) -> None:
@@ -223,10 +241,11 @@ class PreLoRA:
             "phase": self.phase,
             "epoch": self.epoch,
             "step": self.step,
-            "switch_epoch": self.switch_epoch,
+            "switch_epochs": dict(self._clocks.switch_epochs),
+            "freeze_epochs": dict(self._clocks.freeze_epochs),
             "seed": self.seed,
             "ranks": dict(self.ranks),
-            "ramp": {"start": self._ramp.start, "length": self._ramp.length},
+            "ramps": {name: dataclasses.asdict(ramp) for name, ramp in self._ramp.ramps.items()},
             "monitor": self._monitor.state_dict(),
             # At an epoch's end the weights are their own snapshot.
             "snapshot": self._snapshot if self.step != self._snapshot_step else None,
@@ -264,11 +283,13 @@ class PreLoRA:
             warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=2)
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]
         self._window_start = {}  # what A starts from at a switch is not asked again: A is in the state
-        if state["phase"] != "full":
-            action: Action = "switch" if state["phase"] == "warmup" else "switch+freeze"
-            self._change(action, state["ranks"], probe=None)
-        self.switch_epoch = state["switch_epoch"]
-        self._ramp = optim.LoRARamp(**state["ramp"])
+        # In the order of the run, so that groups and parameters stand in the optimizer as they did there.
+        for epoch, switching, freezing in history(*saved_clocks(state)):
+            self._clocks.mark(epoch, switching, freezing)
+            self._operate(switching, freezing, state["ranks"], probe=None)
+        if self.phase != "full":
+            self._settle()
+        self._ramp.ramps = saved_ramps(state, self._ramp.ramps)
         self._monitor.load_state_dict(state["monitor"])
         _load(self.base_model, state["model"])
         optim.load_named_state(self.optimizer, self.base_model, state["optimizer"])
@@ -294,38 +315,32 @@ class PreLoRA:
             self._snapshot_step = self.step
 
     def _keep_window_start(self) -> None:
-        """Keep the targets' weights of monitoring's start and of every window's end in FULL, until the next one's."""
-        if self.phase != "full":
-            self._window_start = {}
-        elif self.config.keeps_windows and (self.epoch == self.config.monitor_from or self._monitor.window_complete):
-            self._window_start = monitor.take_snapshot(self.base_model, self.targets)
+        """Keep the weights of monitoring's start and of every window's end until the next one's, of groups in FULL."""
+        waiting = self._waiting()
+        self._window_start = {t.path: self._window_start[t.path] for t in waiting if t.path in self._window_start}
+        ended = self.epoch == self.config.monitor_from or self._monitor.window_complete
+        if waiting and self.config.keeps_windows and ended:
+            self._window_start = monitor.take_snapshot(self.base_model, waiting)
 
     def _window_update_ranks(self) -> dict[str, float]:
-        """Stable rank of each target's change over the window that has just ended, for the monitor, too."""
+        """Stable rank of the change of each target in FULL over the window that ended now, for the monitor, too."""
         if not self._window_start or not self._monitor.window_complete:
             return {}
         ranks = window_update.update_ranks(
-            self.base_model, self.targets, self._window_start, seed=self.seed, epoch=self.epoch
+            self.base_model, self._waiting(), self._window_start, seed=self.seed, epoch=self.epoch
         )
         self._monitor.record_update(ranks)
         return ranks
 
-    def _decide(self) -> tuple[Verdict, Action]:
-        config = self.config
-        if self.phase == "warmup":
-            assert self.switch_epoch is not None
-            done = self.epoch - self.switch_epoch
-            over = done >= config.warmup_epochs
-            verdict = Verdict(over, f"warm-up epoch {done} of {config.warmup_epochs}", {}, ())
-            return verdict, "freeze" if over else "none"
-        if self.phase == "lora":
-            return Verdict(False, "training LoRA", {}, ()), "none"
-        verdict, switches = self._monitor.decide(self.epoch)
-        switch: Action = "switch" if config.warmup_epochs else "switch+freeze"
-        return verdict, switch if switches else "none"
+    def _targets_of(self, groups: Collection[str]) -> list[Target]:
+        return [target for target in self.targets if target.group in groups]
 
-    def _plan(self) -> dict[str, int] | None:
-        """Algorithm 2, on rank 0; the others take it by broadcast."""
+    def _waiting(self) -> list[Target]:
+        """The targets of the groups that have not switched."""
+        return self._targets_of([group for group, phase in self.group_phases.items() if phase == "full"])
+
+    def _plan(self, groups: Collection[str]) -> dict[str, int] | None:
+        """Algorithm 2 for ``groups``, on rank 0; the others take it by broadcast."""
         if distributed.rank() != 0:
             return None
         model = self.base_model
@@ -333,34 +348,47 @@ class PreLoRA:
         base = base_parameters(self.targets)
         others = [p.numel() for name, p in model.named_parameters() if p.requires_grad and name not in base]
         return assign_ranks(
-            self._monitor.changes(),
+            self._monitor.changes(groups),
             shapes,
             self.config,
             total_parameters=parameter_counts(model)[1],
             other_trainable=sum(others) if self.config.freeze == "targets" else 0,
         )
 
-    def _change(self, action: Action, ranks: Mapping[str, int], probe: Any) -> dict[str, int]:
+    def _change(
+        self, switching: Collection[str], freezing: Collection[str], ranks: Mapping[str, int], probe: Any
+    ) -> dict[str, int]:
         """Surgery on the plain model, then optimizer, scheduler and wrappers anew; returns the bytes released."""
+        released = self._operate(switching, freezing, ranks, probe)
+        self._settle()
+        return released
+
+    def _operate(
+        self, switching: Collection[str], freezing: Collection[str], ranks: Mapping[str, int], probe: Any
+    ) -> dict[str, int]:
+        """Surgery on the plain model, then optimizer and scheduler anew; returns the bytes released.
+
+        Args:
+            switching, freezing: groups, marked as such already.
+        """
         model = self.base_model
         added: dict[str, str] = {}
         dropped: list[str] = []
         released: dict[str, int] = {}
-        if action.startswith("switch"):
+        if switching:
             before = _probed(model, probe)
-            added = self._inject(model, ranks)
+            added = self._inject(model, self._targets_of(switching), ranks)
             after = _probed(model, probe)
             if before is not None and after is not None and not torch.equal(before, after):
                 raise RuntimeError(f"injection changed the logits by up to {(after - before).abs().max():.3g}")
-            remaining = self.total_steps - self.step if self.total_steps is not None else self.step
-            self._ramp = optim.LoRARamp(self.step, min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0))))
-            self.switch_epoch, self.phase = self.epoch, "warmup"
-            self.ranks = {target.name: ranks[target.name] for target in self.targets}
-        if action.endswith("freeze"):
-            dropped = surgery.freeze(model, self.targets, self.config.freeze, train_lora_a=self.config.train_lora_a)
+            known = {**self.ranks, **ranks}
+            self.ranks = {target.name: known[target.name] for target in self._targets_of(self._clocks.switch_epochs)}
+        if freezing:
+            # What is no target's trains on as long as any target's base does.
+            scope = self.config.freeze if self.phase == "lora" else "targets"
+            dropped = surgery.freeze(model, self._targets_of(freezing), scope, train_lora_a=self.config.train_lora_a)
             released = self._released(model, dropped)
             added = {name: weight for name, weight in added.items() if name not in dropped}
-            self.phase = "lora"
         for hook in self._hooks:
             hook.remove()
         self.optimizer, parents = optim.rebuild_optimizer(
@@ -368,16 +396,24 @@ class PreLoRA:
         )
         if self.scheduler is not None:
             self.scheduler = optim.rebuild_scheduler(self.scheduler, self.optimizer, parents)
+        if switching:
+            remaining = self.total_steps - self.step if self.total_steps is not None else self.step
+            length = min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0)))
+            self._ramp.begin(self.optimizer, Ramp(self.step, length))
         self._watch_steps()
+        return released
+
+    def _settle(self) -> None:
+        """Hold that the ranks agree after surgery, and wrap the model again."""
+        model = self.base_model
         # Before it is wrapped again: DDP's constructor gives every rank the parameters of rank 0, and would hide it.
         distributed.check_same_on_all_ranks(model)
         distributed.check_agreed("the realised ranks", surgery.realised_ranks(model, self.targets))
-        deferred = defer_lora_grads(model, self._defers)
+        deferred = defer_lora_grads(model, self.defer_lora_grads)
         reduced = {name for name, _ in model.named_parameters() if surgery.is_lora(name)} - set(deferred)
         self.model = distributed.rewrap(self.model, unreduced=deferred, reduced=reduced)
-        return released
 
-    def _inject(self, model: nn.Module, ranks: Mapping[str, int]) -> dict[str, str]:
+    def _inject(self, model: nn.Module, targets: Sequence[Target], ranks: Mapping[str, int]) -> dict[str, str]:
         def into(model: nn.Module) -> dict[str, str]:
             config = self.config
             device = shards.local(target_linear(model, self.targets[0]).weight).device
@@ -385,8 +421,8 @@ class PreLoRA:
             with sharding.taken_apart(model) if sharded else contextlib.nullcontext():
                 added = surgery.inject(
                     model,
-                    self.targets,
-                    ranks,
+                    targets,
+                    {target.name: ranks[target.name] for target in targets},
                     alpha=config.alpha,
                     dropout=config.lora_dropout,
                     execution=config.execution,
@@ -400,7 +436,7 @@ class PreLoRA:
 
         initial_a = None
         if self.config.lora_init == "window_update" and self._window_start:
-            initial_a = window_update.initial_a(model, self.targets, ranks, self._window_start, seed=self.seed)
+            initial_a = window_update.initial_a(model, targets, ranks, self._window_start, seed=self.seed)
         averaged = self._averaged
         if averaged is not None:
             into(averaged)

@@ -139,6 +139,25 @@ def _first_high_rank(means: Mapping[str, Sequence[float]], config: PreLoRAConfig
     return None
 
 
+def joined(verdicts: Mapping[tuple[str, ...], Verdict]) -> Verdict:
+    """The verdicts of several units of groups as one, passed if all are.
+
+    Args:
+        verdicts: by the unit's groups. A reason that they do not all share stands behind its groups.
+    """
+    units: dict[str, list[str]] = {}
+    for groups, verdict in verdicts.items():
+        units.setdefault(verdict.reason, []).extend(groups)
+    told = [reason if len(units) == 1 else f"{', '.join(groups)}: {reason}" for reason, groups in units.items()]
+    return Verdict(
+        all(verdict.passed for verdict in verdicts.values()),
+        "; ".join(told),
+        {group: changes for verdict in verdicts.values() for group, changes in verdict.norm_changes.items()},
+        next((verdict.loss_changes for verdict in verdicts.values() if verdict.loss_changes), ()),
+        {group: ranks for verdict in verdicts.values() for group, ranks in verdict.update_ranks.items()},
+    )
+
+
 def _first_failure(
     norm_changes: Mapping[str, Sequence[float]], loss_changes: Sequence[float], config: PreLoRAConfig
 ) -> str | None:

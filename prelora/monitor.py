@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,19 +139,23 @@ class Monitor:
         """Whether the last recorded epoch completed a window."""
         return self.epochs > 0 and self.epochs % self.config.m == 0
 
-    def test(self) -> Verdict:
-        """Algorithm 1 on the windows recorded."""
-        history = {group: self._epochs(names) for group, names in self.groups.items()}
-        updates = {group: _by_layer(self.update_ranks, names) for group, names in self.groups.items()}
+    def test(self, groups: Collection[str] | None = None) -> Verdict:
+        """Algorithm 1 on the windows recorded, over ``groups``; None: over all."""
+        chosen = self._chosen(groups)
+        history = {group: self._epochs(names) for group, names in chosen.items()}
+        updates = {group: _by_layer(self.update_ranks, names) for group, names in chosen.items()}
         return partial_convergence_test(history, self.losses, self.config, updates)
 
-    def decide(self, epoch: int) -> tuple[Verdict, bool]:
-        """Whether to switch once ``epoch`` epochs are finished, the last of them recorded if it is monitored."""
+    def decide(self, epoch: int, groups: Collection[str] | None = None) -> tuple[Verdict, bool]:
+        """Whether to switch ``groups`` (None: all) once ``epoch`` epochs are finished.
+
+        The last of them is recorded already, if it is monitored.
+        """
         config = self.config
         if epoch <= config.monitor_from:
             verdict = Verdict(False, f"monitoring starts after epoch {config.monitor_from}", {}, ())
         elif self.window_complete:
-            verdict = self.test()
+            verdict = self.test(groups)
             if verdict.passed and epoch < config.min_epoch:
                 reason = f"passed, but epoch {epoch} is before min_epoch = {config.min_epoch}"
                 verdict = dataclasses.replace(verdict, passed=False, reason=reason)
@@ -162,12 +166,15 @@ class Monitor:
             return dataclasses.replace(verdict, reason=reason), True
         return verdict, verdict.passed
 
-    def changes(self) -> dict[str, dict[str, float]]:
+    def changes(self, groups: Collection[str] | None = None) -> dict[str, dict[str, float]]:
         """Algorithm 2's input: each target's norm change between the last two windows, in percent, by group."""
         return {
             group: dict(zip(names, layer_changes(self._epochs(names), self.config), strict=True))
-            for group, names in self.groups.items()
+            for group, names in self._chosen(groups).items()
         }
+
+    def _chosen(self, groups: Collection[str] | None) -> dict[str, list[str]]:
+        return {group: names for group, names in self.groups.items() if groups is None or group in groups}
 
     def _epochs(self, names: Sequence[str]) -> list[list[float]]:
         return _by_layer(self.norms, names)

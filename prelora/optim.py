@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
@@ -23,6 +24,11 @@ LR_LISTS = ("base_lrs", "_last_lr", "min_lrs", "max_lrs", "base_values", "warmup
 OTHER_LISTS = ("lr_lambdas", "base_momentums", "max_momentums")
 HOOK_TABLES = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
 LORA_SUFFIX = "/lora"
+
+
+def is_lora_group(name: str) -> bool:
+    """Whether a group's name is one that ``rebuild_optimizer`` gives to LoRA's."""
+    return name.rstrip("0123456789").endswith(LORA_SUFFIX)
 
 
 def parameter_names(optimizer: Optimizer, model: nn.Module) -> dict[Tensor, str]:
@@ -68,7 +74,8 @@ def rebuild_optimizer(
     """A new optimizer of the same class without ``dropped`` and with ``added``; surviving state is carried as it is.
 
     Added parameters enter a group ``<name>/lora`` beside the group of the weight they adapt: same options, weight
-    decay 0, learning rates times ``lr_mult``, fresh state. The given optimizer is retired: using it raises.
+    decay 0, learning rates times ``lr_mult``, fresh state. What is added later to the same group's weights enters a
+    ``<name>/lora2`` and so on. The given optimizer is retired: using it raises.
 
     Args:
         added: name of each new parameter → name of the weight that it adapts.
@@ -79,6 +86,7 @@ def rebuild_optimizer(
     """
     names = parameter_names(optimizer, model)
     by_name = dict(model.named_parameters())
+    taken = {group.get("name") for group in optimizer.param_groups}
     groups: list[dict[str, Any]] = []
     parents: list[int] = []
     for index, old in enumerate(optimizer.param_groups):
@@ -94,7 +102,7 @@ def rebuild_optimizer(
             options.pop("step", None)  # timm's LAMB and Adan count for the group: LoRA's moments start at 0
             scaled = {key: options[key] * lr_mult for key in LR_KEYS if options.get(key) is not None}
             decay = {"weight_decay": 0.0} if "weight_decay" in options else {}
-            groups.append({**options, **scaled, **decay, "params": new, "name": label + LORA_SUFFIX})
+            groups.append({**options, **scaled, **decay, "params": new, "name": _lora_name(label, taken)})
             parents.append(index)
     kept_parameters = {parameter for group in groups for parameter in group["params"]}
     homeless = [name for name in added or {} if by_name[name] not in kept_parameters]
@@ -109,6 +117,12 @@ def rebuild_optimizer(
         setattr(rebuilt, table, getattr(optimizer, table))
     _retire(optimizer)
     return rebuilt, parents
+
+
+def _lora_name(label: str, taken: Collection[str | None]) -> str:
+    """The first of ``<label>/lora``, ``<label>/lora2``, … that no group has."""
+    names = itertools.chain([label + LORA_SUFFIX], (f"{label}{LORA_SUFFIX}{n}" for n in itertools.count(2)))
+    return next(name for name in names if name not in taken)
 
 
 def _construct(optimizer: Optimizer, groups: list[dict[str, Any]]) -> Optimizer:
@@ -185,7 +199,7 @@ def rebuild_scheduler(scheduler: Any, optimizer: Optimizer, parents: list[int]) 
 
 def _ratio(group: Mapping[str, Any], scheduler: Any, parent: int) -> float:
     """A group's learning rate over its parent's."""
-    if not group["name"].endswith(LORA_SUFFIX):
+    if not is_lora_group(group["name"]):
         return 1.0
     bases = getattr(scheduler, "base_lrs", None) or getattr(scheduler, "base_values", None)
     # ReduceLROnPlateau knows no initial rates, only the last ones.
@@ -267,33 +281,3 @@ def state_bytes(optimizer: Optimizer) -> dict[Tensor, int]:
         parameter: sum(local(value).nbytes for value in state.values() if isinstance(value, Tensor))
         for parameter, state in optimizer.state.items()
     }
-
-
-class LoRARamp:
-    """Linear ramp on the ``/lora`` groups' learning rate, a pure function of the step, on top of any scheduler.
-
-    The factor is applied while ``optimizer.step`` runs and taken back after it, so that no scheduler sees it.
-    """
-
-    def __init__(self, start: int, length: int) -> None:
-        """Args: start: steps taken at injection; length: steps of the ramp (0: none)."""
-        self.start = start
-        self.length = length
-        self._saved: list[Any] = []
-
-    def factor(self, step: int) -> float:
-        """The factor for the optimizer step after ``step`` finished ones."""
-        return 1.0 if self.length <= 0 else min(1.0, (step - self.start + 1) / self.length)
-
-    def before(self, optimizer: Optimizer, step: int) -> None:
-        """Scale the ``/lora`` groups for the coming step."""
-        factor = self.factor(step)
-        self._saved = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            if factor < 1 and group["name"].endswith(LORA_SUFFIX):
-                group["lr"] = group["lr"] * factor
-
-    def after(self, optimizer: Optimizer) -> None:
-        """Give the groups their own learning rate back."""
-        for group, lr in zip(optimizer.param_groups, self._saved, strict=True):
-            group["lr"] = lr

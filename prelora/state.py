@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from prelora import optim, surgery
 from prelora.config import PreLoRAConfig
 from prelora.errors import CheckpointError
-from prelora.targets import Target, from_dicts
+from prelora.ramp import Ramp
+from prelora.targets import Target, base_parameters, from_dicts
 
 STATE_VERSION = 1
 
@@ -80,10 +81,28 @@ def _check_optimizer(state: Mapping[str, Any], optimizer: Optimizer, model: nn.M
     known = {name for name, _ in model.named_parameters()}
     here = known & set(optim.parameter_names(optimizer, model).values())
     there = known & {name for group in saved["groups"] for name in group["params"]}
-    # Parameters leave at the freeze, and none but LoRA's ever come.
-    different = sorted(there - here if state["phase"] == "lora" else there ^ here)
+    # Parameters leave as targets are frozen, and none but LoRA's ever come.
+    frozen = saved_clocks(state)[1]
+    left = base_parameters([target for target in from_dicts(state["targets"]) if target.group in frozen])
+    different = sorted(there - here if state["phase"] == "lora" else (there ^ here) - left)
     if different:
         raise CheckpointError(f"the state's optimizer holds other parameters: they differ in {different[:4]}")
+
+
+def saved_clocks(state: Mapping[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
+    """After which epoch each group switched and was frozen; in older states all groups did at once."""
+    if "switch_epochs" in state:
+        return dict(state["switch_epochs"]), dict(state["freeze_epochs"])
+    groups = dict.fromkeys(target.group for target in from_dicts(state["targets"]))
+    switched = {} if state["phase"] == "full" else dict.fromkeys(groups, state["switch_epoch"])
+    frozen = {group: epoch + state["config"]["warmup_epochs"] for group, epoch in switched.items()}
+    return switched, frozen if state["phase"] == "lora" else {}
+
+
+def saved_ramps(state: Mapping[str, Any], names: Iterable[str]) -> dict[str, Ramp]:
+    """The ramp of each of LoRA's groups in the optimizer; in older states one for all, whose ``names`` are given."""
+    saved = state["ramps"] if "ramps" in state else dict.fromkeys(names, state["ramp"])
+    return {name: Ramp(**ramp) for name, ramp in saved.items()}
 
 
 def scheduler_state(scheduler: Any) -> dict[str, Any]:

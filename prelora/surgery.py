@@ -98,7 +98,7 @@ def freeze(
     """Freeze the targets' weights and biases, or (``scope="all"``) everything but LoRA.
 
     Args:
-        train_lora_a: False freezes every A as well (LoRA-FA).
+        train_lora_a: False freezes the targets' A as well (LoRA-FA).
 
     Returns:
         Names of the parameters that trained until now and do not any more.
@@ -106,14 +106,15 @@ def freeze(
     Raises:
         RuntimeError: a target carries no LoRA, so nothing of it would train.
     """
-    for path, slices in by_module(targets).items():
+    modules = by_module(targets)
+    for path, slices in modules.items():
         if not isinstance(target_linear(model, slices[0]), LoRALinear):
             raise RuntimeError(f"{path} carries no LoRA: inject() before freeze()")
-    base = base_parameters(targets)
+    base, lora_a = base_parameters(targets), {f"{path}.lora_A" for path in modules}
     frozen = []
     for name, parameter in model.named_parameters():
         chosen = name in base if scope == "targets" else not is_lora(name)
-        chosen |= not train_lora_a and name.rpartition(".")[2] == "lora_A"
+        chosen |= not train_lora_a and name in lora_a
         if chosen and parameter.requires_grad:
             parameter.requires_grad_(False)
             parameter.grad = None

@@ -60,7 +60,7 @@ def outcome(output):
     tree = load_checkpoint(checkpoints(output / "checkpoints")[0])
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     metrics = [{key: value for key, value in line.items() if key not in MEASURED} for line in lines]
-    kept = ("model", "ema", "optimizer", "scheduler", "phase", "step", "ranks", "ramp", "monitor")
+    kept = ("model", "ema", "optimizer", "scheduler", "phase", "step", "ranks", "ramps", "monitor")
     return {"metrics": metrics, "of ranks": tree["train"]["ranks"], **{key: tree[key] for key in kept}}
 
 

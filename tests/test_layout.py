@@ -18,7 +18,7 @@ LAYERS = (
     ("__init__",),
     ("controller",),
     ("state", "events", "sharded_checkpoint"),
-    ("window_update",),
+    ("window_update", "units", "ramp"),
     ("surgery", "optim", "distributed", "monitor", "sharding", "sharded_norms", "targets", "checkpoint"),
     ("nn",),
     ("ops",),

@@ -7,7 +7,8 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from prelora import OptimizerError
-from prelora.optim import LoRARamp, check_schedulable, rebuild_optimizer, rebuild_scheduler
+from prelora.optim import check_schedulable, rebuild_optimizer, rebuild_scheduler
+from prelora.ramp import LoRARamp, Ramp
 
 pytestmark = pytest.mark.filterwarnings("error:Seems like")
 STEPS = 24
@@ -178,7 +179,7 @@ def test_a_scheduler_of_the_optimizer_passes(schedule):
     ],
 )
 def test_the_ramp_is_a_pure_function_of_the_step(start, length, expected):
-    ramp = LoRARamp(start, length)
+    ramp = Ramp(start, length)
 
     found = [ramp.factor(step) for step in (5, 4, 3, 2, 1, 0, 5)]
 
@@ -191,7 +192,8 @@ def test_the_ramp_scales_lora_alone_while_the_step_runs_and_no_scheduler_sees_it
     rebuilt, _ = rebuild_optimizer(optimizer_of(model, momentum=0.0), model, added=ADDED, lr_mult=2.0)
     untouched = optimizer_of(Net(), momentum=0.0)
     scheduler, reference = (lr_scheduler.ExponentialLR(optimizer, 0.9) for optimizer in (rebuilt, untouched))
-    ramp = LoRARamp(start=10, length=4)
+    ramp = LoRARamp()
+    ramp.begin(rebuilt, Ramp(start=10, length=4))
 
     for step in range(10, 16):
         before = {name: p.detach().clone() for name, p in model.named_parameters()}

@@ -426,7 +426,7 @@ def test_a_terminal_gets_a_bar_with_phase_loss_rate_and_time_left(tmp_path, monk
     ("changes", "said"),
     [
         ({"prelora": {"tau": 1e-9}}, "The convergence test never passed: the run stayed at full rank"),
-        ({"prelora": {"warmup_epochs": 10}}, "The run ended within the warm-up: nothing was frozen"),
+        ({"prelora": {"warmup_epochs": 10}}, "The run ended within the warm-up: not all was frozen"),
         ({"method": "full"}, None),
         ({}, None),
     ],

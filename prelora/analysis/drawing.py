@@ -71,9 +71,10 @@ def time_axes(axes: Axes, run: Run, y_label: str, title: str = "") -> None:
             start, stop = epochs[0].epoch - 0.5, epochs[-1].epoch + 0.5
             axes.axvspan(start, stop, facecolor=BANDS[phase], edgecolor="none", zorder=0)
             _name_band(axes, phase.upper(), (start - first + 0.5) / shown, (stop - start) / shown)
-    for mark, line_style in ((run.switch, (0, (4, 2))), (run.freeze, "-")):
-        if mark is not None:
-            axes.axvline(mark.epoch + 0.5, color=INK, linewidth=0.9, linestyle=line_style, zorder=1.5)
+    for epoch in run.epochs:
+        for happened, line_style in ((epoch.event.switched, (0, (4, 2))), (epoch.event.froze, "-")):
+            if happened:
+                axes.axvline(epoch.epoch + 0.5, color=INK, linewidth=0.9, linestyle=line_style, zorder=1.5)
 
 
 def _name_band(axes: Axes, name: str, start: float, share: float) -> None:

@@ -60,6 +60,11 @@ class TargetCost:
     frozen_input_grad: bool
     """The same in LORA; with ``freeze="all"`` the first layer's input gets none."""
 
+    @property
+    def weight_grad_flops(self) -> float:
+        """FLOPs per image of the weight's gradient."""
+        return 2 * self.tokens * self.in_features * self.out_features
+
     def merged_flops(self, rank: int, train_lora_a: bool = True) -> float:
         """FLOPs per image of LoRA's gradients alone, in LORA: x·Aᵀ and dyᵀ·S for dB, dy·B and dSᵀ·x for dA."""
         products = 2 if train_lora_a else 1
@@ -124,6 +129,31 @@ class ModelFlops:
         else:
             raise ValueError(f"execution {execution!r}: accepted are merged, two_path")
         return PhaseFlops(full=self.full, warmup=self.full + warmup, lora=self.frozen + lora)
+
+    def mixture(
+        self,
+        phases: Mapping[str, str],
+        ranks: Mapping[str, int],
+        execution: Execution = "merged",
+        train_lora_a: bool = True,
+    ) -> float:
+        """FLOPs per image while targets are in different phases and what is no target trains.
+
+        Args:
+            phases: ``"full"``, ``"warmup"`` or ``"lora"`` by target name.
+            ranks: of the targets that have left FULL.
+            train_lora_a: whether A trains in LORA, as well as B.
+        """
+        total = self.full
+        for name, cost in self.targets.items():
+            if phases[name] == "lora":
+                total -= cost.weight_grad_flops
+            if phases[name] != "full" and execution == "two_path":
+                trains_a = train_lora_a or phases[name] == "warmup"
+                total += cost.two_path_flops(ranks[name], cost.input_grad, trains_a)
+            elif phases[name] == "lora":
+                total += cost.merged_flops(ranks[name], train_lora_a)
+        return total
 
 
 def count_flops(

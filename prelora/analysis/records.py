@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -94,9 +95,13 @@ class Event:
     released: Mapping[str, int]
     """Bytes, by item."""
     plan_flops: Mapping[str, float] | None
-    """FLOPs per image by phase, with these ranks."""
+    """FLOPs per image by phase, with these ranks; None until every target has one."""
     update_ranks: Mapping[str, float]
     """Stable rank by target of the change over the window that ended here; empty when not measured."""
+    switched_groups: tuple[str, ...] = ()
+    """Groups that got LoRA after this epoch; empty in older logs, where all did at once."""
+    frozen_groups: tuple[str, ...] = ()
+    """Groups whose base was frozen after this epoch; empty in older logs."""
 
     @property
     def switched(self) -> bool:
@@ -145,6 +150,8 @@ class Epoch:
     ema_evaluation: Evaluation | None
     skipped_steps: int
     event: Event
+    flops_per_image: float = math.nan
+    """As the epoch was trained; NaN in older logs."""
 
 
 @dataclass(frozen=True)
@@ -159,13 +166,13 @@ class Run:
 
     @property
     def switch(self) -> Epoch | None:
-        """The epoch after which LoRA was injected."""
+        """The first epoch after which LoRA was injected."""
         return next((epoch for epoch in self.epochs if epoch.event.switched), None)
 
     @property
     def freeze(self) -> Epoch | None:
-        """The epoch after which the base was frozen."""
-        return next((epoch for epoch in self.epochs if epoch.event.froze), None)
+        """The epoch after which the base of every target was frozen."""
+        return next((epoch for epoch in self.epochs if epoch.event.froze and epoch.event.phase == "lora"), None)
 
     @property
     def ranks(self) -> Mapping[str, int]:
@@ -174,11 +181,14 @@ class Run:
 
     @property
     def flops(self) -> Mapping[str, float]:
-        """FLOPs per image by phase; what was not counted is missing."""
-        for epoch in reversed(self.epochs):
-            if epoch.event.plan_flops:
-                return epoch.event.plan_flops
-        return {"full": self.info.full_flops} if math.isfinite(self.info.full_flops) else {}
+        """FLOPs per image by phase, of the epochs trained in it their mean; what was not counted is missing."""
+        planned = next((epoch.event.plan_flops for epoch in reversed(self.epochs) if epoch.event.plan_flops), None)
+        full = {"full": self.info.full_flops} if math.isfinite(self.info.full_flops) else {}
+        trained = {phase: [epoch.flops_per_image for epoch in self.in_phase(phase)] for phase in PHASES}
+        means = {
+            phase: fmean(counts) for phase, counts in trained.items() if counts and all(map(math.isfinite, counts))
+        }
+        return {**(planned or full), **means}
 
     def in_phase(self, phase: str) -> list[Epoch]:
         """The epochs trained in ``phase``."""
@@ -290,6 +300,8 @@ def _event(raw: Mapping[str, Any]) -> Event:
         released=raw["released"],
         plan_flops=_numbers(raw["plan_flops"]) if raw.get("plan_flops") else None,
         update_ranks=_numbers(raw.get("update_ranks", {})),
+        switched_groups=tuple(raw.get("switched_groups", ())),
+        frozen_groups=tuple(raw.get("frozen_groups", ())),
     )
 
 
@@ -320,4 +332,5 @@ def _epoch(raw: Mapping[str, Any]) -> Epoch:
         ema_evaluation=_evaluation(raw["ema_eval"]),
         skipped_steps=raw["skipped_steps"],
         event=_event(raw["event"]),
+        flops_per_image=_number(raw.get("flops_per_image")),
     )

@@ -11,6 +11,7 @@ from prelora.config import PreLoRAConfig
 from prelora.convergence import Verdict
 from prelora.monitor import Monitor
 from prelora.ranks import LayerShape, assign_ranks
+from prelora.units import Clocks, decide, find_units
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,16 @@ class Replay:
     windows: tuple[Window, ...]
     """Every test that FULL's epochs allow, also those after the switch."""
     switch_epoch: int | None
-    """Finished epochs at the switch; None: the log ends before one."""
+    """Finished epochs at the first switch; None: the log ends before one."""
     reason: str
     """Of the last decision: why it switched, or did not."""
     changes: dict[str, dict[str, float]]
-    """Algorithm 2's input at the switch: each target's norm change, percent, by group; empty without a switch."""
+    """Algorithm 2's input at each group's switch: its targets' norm changes, percent; only of groups that switch."""
+    switch_epochs: dict[str, int]
+    """Finished epochs at each group's switch.
+
+    With ``switch="per_group"`` exact for the first; for the others as if all had gone on in FULL, as the log did.
+    """
 
 
 def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
@@ -68,7 +74,7 @@ def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
         _check_update_ranks(log, config)
     monitor = Monitor(log.targets, config)
     windows: list[Window] = []
-    switched: int | None = None
+    clocks = Clocks(find_units(log.targets, config.switch))
     reason, changes = "", dict[str, dict[str, float]]()
     for epoch, (loss, norms) in enumerate(zip(log.losses, log.norms, strict=True), start=1):
         if epoch > config.monitor_from:
@@ -77,12 +83,13 @@ def replay(log: NormLog, config: PreLoRAConfig) -> Replay:
             if config.criterion == "update_rank":
                 monitor.record_update(log.update_ranks[epoch - 1])
             windows += _tested(epoch, monitor.test())
-        if switched is None:
-            verdict, switches = monitor.decide(epoch)
+        if "full" in clocks.phases.values():
+            verdict, switching = decide(clocks, monitor, epoch)
             reason = verdict.reason
-            if switches:
-                switched, changes = epoch, monitor.changes()
-    return Replay(log, config, tuple(windows), switched, reason, changes)
+            changes |= monitor.changes(switching)
+            clocks.mark(epoch, switching, [])
+    first = min(clocks.switch_epochs.values(), default=None)
+    return Replay(log, config, tuple(windows), first, reason, changes, clocks.switch_epochs)
 
 
 def changes_at(log: NormLog, config: PreLoRAConfig, epoch: int) -> dict[str, dict[str, float]]:

@@ -27,7 +27,7 @@ from prelora.analysis.replay_table import (
     describe_windows,
 )
 from prelora.analysis.replay_thresholds import Suggestion, grid, suggest_saving, suggest_switch
-from prelora.config import Aggregate, Criterion, Freeze, Normalize, Window
+from prelora.config import Aggregate, Criterion, Freeze, Normalize, Switch, Window
 from prelora.errors import PreLoRAWarning
 
 INTEGERS = ("k", "m", "r_min", "r_max", "warmup_epochs", "monitor_from", "min_epoch")
@@ -37,6 +37,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "aggregate": get_args(Aggregate),
     "window": get_args(Window),
     "normalize": get_args(Normalize),
+    "switch": get_args(Switch),
 }
 
 
@@ -52,9 +53,11 @@ def main(arguments: Sequence[str]) -> str:
         raise ValueError(f"{len(options.runs)} RUNs: accepted is one with --grid, --suggest-switch, --suggest-saving")
     outcomes = [_outcome(load_log(path), options) for path in options.runs]
     first = outcomes[0].replayed
-    about_tau = options.grid or options.suggest_switch or options.suggest_saving is not None
-    if about_tau and first.config.criterion != "norm":
+    searched = options.grid or options.suggest_switch or options.suggest_saving is not None
+    if searched and first.config.criterion != "norm":
         raise ValueError("--grid, --suggest-switch and --suggest-saving are about tau: accepted is --criterion norm")
+    if searched and first.config.switch == "per_group":
+        raise ValueError("--grid, --suggest-switch and --suggest-saving look for one switch: accepted is together")
     suggested = _suggestions(first, options)
     taus, zetas = options.grid or ([], [])
     epochs = grid(first, taus, zetas)
@@ -121,7 +124,7 @@ def _outcome(log: NormLog, options: argparse.Namespace) -> Outcome:
         return Outcome(replayed, {}, None)
     sizes = count_sizes(log, config)
     ranks = replayed_ranks(log, config, replayed.changes, sizes)
-    if log.run is None or sizes is None:
+    if log.run is None or sizes is None or config.switch == "per_group":
         return Outcome(replayed, ranks, None)
     return Outcome(replayed, ranks, predict(log.run, config, sizes, replayed.switch_epoch, ranks))
 
@@ -179,6 +182,7 @@ def _plain(outcome: Outcome) -> dict[str, Any]:
         "config": dataclasses.asdict(replayed.config),
         "full_epochs": len(replayed.log.losses),
         "switch_epoch": replayed.switch_epoch,
+        "switch_epochs": replayed.switch_epochs,
         "recorded_switch_epoch": run.switch.epoch if run is not None and run.switch is not None else None,
         "reason": replayed.reason,
         "log_ends": replayed.log.stopped_by,

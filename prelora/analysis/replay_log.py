@@ -65,7 +65,7 @@ def _from_run(folder: Path) -> NormLog:
         ends = f"the run itself switched after epoch {run.switch.epoch}, and only epochs in FULL count"
     return NormLog(
         name=run.name,
-        targets=tuple(Target(target.name, target.group, target.layer) for target in run.info.targets),
+        targets=tuple(Target(target.path, target.group, target.layer, target.rows) for target in run.info.targets),
         losses=tuple(epoch.loss for epoch in full),
         norms=tuple(dict(epoch.norms) for epoch in full),
         config=config,

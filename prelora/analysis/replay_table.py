@@ -12,6 +12,7 @@ from prelora.analysis.replay import Replay, Window
 from prelora.analysis.replay_costs import Costs
 from prelora.analysis.replay_thresholds import Suggestion
 from prelora.config import PreLoRAConfig
+from prelora.targets import by_group
 
 COLUMNS = ("run", "k", "m", "tau %", "zeta %", "switch", "recorded", "mean rank", "trains", "FLOPs", "time*", "freed")
 
@@ -45,7 +46,19 @@ def describe_runs(outcomes: Sequence[Outcome]) -> list[str]:
         for outcome in outcomes
         if outcome.replayed.log.run is None and outcome.ranks
     ]
-    return [*_aligned(rows), *notes, *stopped, *without]
+    return [*_aligned(rows), *notes, *stopped, *without, *_group_switches(outcomes)]
+
+
+def _group_switches(outcomes: Sequence[Outcome]) -> list[str]:
+    """Of ``switch="per_group"``: after which epoch each group switches."""
+    told = []
+    for replayed in (one.replayed for one in outcomes if one.replayed.config.switch == "per_group"):
+        at = [f"{group} {replayed.switch_epochs.get(group, '-')}" for group in by_group(replayed.log.targets)]
+        told.append(
+            f"{replayed.log.name}, per group: {', '.join(at)}. The first is exact; the others are as if all had gone "
+            f"on in FULL. FLOPs, time and memory are not predicted."
+        )
+    return told
 
 
 def describe_windows(replayed: Replay) -> list[str]:
@@ -64,7 +77,8 @@ def describe_windows(replayed: Replay) -> list[str]:
 
 def describe_ranks(outcome: Outcome, *, every: bool) -> list[str]:
     """Ranks by group, as counts of each rank; with ``every``, those of all targets too."""
-    targets, ranks = outcome.replayed.log.targets, outcome.ranks
+    ranks = outcome.ranks
+    targets = [target for target in outcome.replayed.log.targets if target.name in ranks]
     if not ranks:
         return []
     groups = {target.group: [ranks[one.name] for one in targets if one.group == target.group] for target in targets}

@@ -52,8 +52,7 @@ def story(run: Run) -> Html:
     if run.switch is not None:
         ranks = sorted(run.ranks.values())
         mean = number(sum(ranks) / len(ranks)) if ranks else ""
-        reason = run.switch.event.reason.rstrip(".")
-        told.append(f"After epoch {run.switch.epoch} it switched to LoRA ({reason}).")
+        told.append(_switches(run))
         told.append(
             f"{len(ranks)} targets have ranks from {ranks[0]} to {ranks[-1]}, {mean} on average." if ranks else ""
         )
@@ -63,6 +62,14 @@ def story(run: Run) -> Html:
         told.append("The base has not been frozen.")
     told.append(_result(run))
     return paragraph(" ".join(filter(None, told)), kind="lead")
+
+
+def _switches(run: Run) -> str:
+    switches = [epoch for epoch in run.epochs if epoch.event.switched]
+    if len(switches) == 1:
+        return f"After epoch {switches[0].epoch} it switched to LoRA ({switches[0].event.reason.rstrip('.')})."
+    each = [f"{', '.join(epoch.event.switched_groups)} after epoch {epoch.epoch}" for epoch in switches]
+    return f"Its groups switched to LoRA one after another: {'; '.join(each)}."
 
 
 def _left_trainable(run: Run) -> str:

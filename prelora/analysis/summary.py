@@ -216,11 +216,13 @@ def frozen_parameters(run: Run) -> int | None:
 
 
 def released_memory(run: Run) -> list[Saving]:
-    """Memory released at the freeze, by item, beside the frozen parameters' share of that item in FULL."""
+    """Memory released as the base was frozen, by item, beside the frozen parameters' share of that item in FULL."""
     if run.freeze is None:
         return []
-    bounds = _static_bounds(run)
-    return [Saving(item, size, bounds.get(HELD_AS.get(item, item))) for item, size in run.freeze.event.released.items()]
+    bounds, released = _static_bounds(run), Counter[str]()
+    for epoch in run.epochs:
+        released.update(epoch.event.released)
+    return [Saving(item, size, bounds.get(HELD_AS.get(item, item))) for item, size in released.items()]
 
 
 def peak_saving(run: Run) -> Saving | None:

@@ -19,15 +19,16 @@ from prelora.shards import full_together, is_shard, laid_out_like, local, local_
 
 
 def defer_lora_grads(model: nn.Module, defer: bool = True) -> list[str]:
-    """Leave A and B out of backward while their weight trains; ``lora_grads_from_weights`` then makes theirs.
+    """Leave A and B out of backward where their weight trains; ``lora_grads_from_weights`` then makes theirs.
 
     Returns:
-        The qualified names of those A and B. Not of layers with dropout, whose gradients do not follow from W's.
+        The qualified names of those A and B. Not of layers whose weight is frozen, and not of layers with dropout,
+        whose gradients do not follow from W's.
     """
     names = []
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            module.defer_lora_grads = defer and module.dropout == 0
+            module.defer_lora_grads = defer and module.dropout == 0 and module.weight.requires_grad
             names += [f"{path}.{part}".removeprefix(".") for part in ("lora_A", "lora_B") if module.defer_lora_grads]
     return names
 

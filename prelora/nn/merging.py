@@ -42,7 +42,11 @@ def merged_bytes(model: nn.Module) -> int:
 
 
 def group_merges(model: nn.Module) -> None:
-    """Have each forward of ``model`` merge its layers in one launch on devices where launches are dear."""
+    """Have each forward of ``model`` merge its layers in one launch on devices where launches are dear.
+
+    Called again, as at each of several switches, it changes nothing.
+    """
+    ungroup_merges(model)
     model.register_forward_pre_hook(_before_forward)
     model.register_forward_hook(_after_forward, always_call=True)
 

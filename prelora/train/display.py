@@ -83,7 +83,7 @@ class Display:
                 "(wider prelora.tau and prelora.zeta, or a prelora.deadline, would switch it)."
             )
         if phase == "warmup":
-            print("The run ended within the warm-up: nothing was frozen (fewer prelora.warmup-epochs would).")
+            print("The run ended within the warm-up: not all was frozen (fewer prelora.warmup-epochs would).")
         print(f"Finished. Next: prelora export {output}, prelora report {output}", flush=True)
 
     def close(self) -> None:

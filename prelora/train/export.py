@@ -104,7 +104,8 @@ def _trained(
     """The run's model as it was trained: base and LoRA apart."""
     model = build_model(config.model, classes=classes, channels=channels)
     if tree["ranks"]:
-        surgery.inject(model, from_dicts(tree["targets"]), tree["ranks"], alpha=tree["config"]["alpha"])
+        targets = [target for target in from_dicts(tree["targets"]) if target.name in tree["ranks"]]
+        surgery.inject(model, targets, tree["ranks"], alpha=tree["config"]["alpha"])
     model.load_state_dict(state, strict=True)
     return model
 

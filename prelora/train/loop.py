@@ -219,13 +219,14 @@ class Trainer:
         with self._autocast():
             trained_with = memory.memory_by_item(pre, progress.gradient_bytes)
         trainable, _ = parameter_counts(pre.base_model)
+        flops = self._flops_per_image()
         lr = pre.optimizer.param_groups[0]["lr"]
         peak = memory.peak_bytes(self.parts.device)
         measured = accounting.rates(
             images=self._images(),
             seconds=progress.seconds,
             parts=progress.parts,
-            flops_per_image=self._phase_flops(phase, pre.ranks),
+            flops_per_image=flops,
             peak=self.peak,
         )
         communicated = accounting.communication(
@@ -233,7 +234,7 @@ class Trainer:
             compressed=self.config.distributed.compress == "bf16",
             accumulate=self.config.optim.accumulate,
         )
-        probe = self._probe if phase == "full" else None
+        probe = self._probe if "full" in pre.group_phases.values() else None
         event = pre.end_epoch(progress.loss_sum / self.parts.steps_per_epoch, probe=probe)
         progress.pending = {
             "epoch": progress.epoch + 1,
@@ -243,6 +244,7 @@ class Trainer:
             "lr": float(lr),
             "images": self._images(),
             **measured,
+            "flops_per_image": flops,
             "communication": communicated,
             "peak_memory_bytes": peak,
             "memory": trained_with,
@@ -261,15 +263,23 @@ class Trainer:
             "phase", "action", "reason", "norm_changes", "loss_changes", "update_ranks", "ranks", "released",
             "trainable_share",
         )  # fmt: skip
-        flops = self._flops_by_phase(event.ranks) if event.ranks else None
-        return {**{name: getattr(event, name) for name in names}, "plan_flops": flops}
+        groups = {"switched_groups": list(event.switched_groups), "frozen_groups": list(event.frozen_groups)}
+        # Every phase's FLOPs are known once every target has its rank.
+        flops = self._flops_by_phase(event.ranks) if len(event.ranks) == len(self.pre.targets) else None
+        return {**{name: getattr(event, name) for name in names}, **groups, "plan_flops": flops}
 
     def _flops_by_phase(self, ranks: dict[str, int]) -> dict[str, float]:
         train_lora_a = self.config.prelora.train_lora_a
         return self.flops.phases(ranks, planned_execution(self.config.prelora), train_lora_a).as_dict()
 
-    def _phase_flops(self, phase: str, ranks: dict[str, int]) -> float:
-        return self._flops_by_phase(ranks)[phase] if ranks else self.flops.full
+    def _flops_per_image(self) -> float:
+        """Of the epoch under way."""
+        pre, config = self.pre, self.config.prelora
+        phases = pre.group_phases
+        if len(set(phases.values())) > 1:
+            by_target = {target.name: phases[target.group] for target in pre.targets}
+            return self.flops.mixture(by_target, pre.ranks, planned_execution(config), config.train_lora_a)
+        return self._flops_by_phase(pre.ranks)[pre.phase] if pre.ranks else self.flops.full
 
     def _take_parts(self) -> None:
         for part, seconds in self.clock.take().items():

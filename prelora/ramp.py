@@ -1,0 +1,54 @@
+"""LoRA's learning rate after an injection: a linear ramp on top of any scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from prelora.optim import is_lora_group
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A linear ramp, a pure function of the step."""
+
+    start: int
+    """Steps taken at injection."""
+    length: int
+    """Steps of the ramp; 0: none."""
+
+    def factor(self, step: int) -> float:
+        """The factor for the optimizer step after ``step`` finished ones."""
+        return 1.0 if self.length <= 0 else min(1.0, (step - self.start + 1) / self.length)
+
+
+class LoRARamp:
+    """A ramp on the learning rate of each of LoRA's groups, from its own injection.
+
+    The factor is applied while ``optimizer.step`` runs and taken back after it, so that no scheduler sees it.
+    """
+
+    def __init__(self) -> None:
+        self.ramps: dict[str, Ramp] = {}
+        """By name of the optimizer's group."""
+        self._saved: list[Any] = []
+
+    def begin(self, optimizer: Optimizer, ramp: Ramp) -> None:
+        """Give ``ramp`` to LoRA's groups that have none yet: those of the newest injection."""
+        names = [group.get("name", "") for group in optimizer.param_groups]
+        self.ramps |= {name: ramp for name in names if is_lora_group(name) and name not in self.ramps}
+
+    def before(self, optimizer: Optimizer, step: int) -> None:
+        """Scale LoRA's groups for the coming step."""
+        self._saved = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            ramp = self.ramps.get(group.get("name", ""))
+            if ramp is not None and (factor := ramp.factor(step)) < 1:
+                group["lr"] = group["lr"] * factor
+
+    def after(self, optimizer: Optimizer) -> None:
+        """Give the groups their own learning rate back."""
+        for group, lr in zip(optimizer.param_groups, self._saved, strict=True):
+            group["lr"] = lr
