@@ -26,8 +26,6 @@ from prelora.state import STATE_VERSION, check_state, own_buffers, saved_clocks,
 from prelora.targets import Layout, Target, base_parameters, find_targets, target_linear, target_shape
 from prelora.units import Clocks, Phase, decide, find_units, history
 
-RAMP_SHARE, RAMP_STEPS = 0.01, 500
-
 
 class PreLoRA:
     """Takes a model and its optimizer through full training, joint warm-up and LoRA, inside one process.
@@ -164,7 +162,10 @@ class PreLoRA:
         self._clocks.mark(self.epoch, switching, [])
         freezing = self._clocks.due(self.epoch, self.config.warmup_epochs)
         self._clocks.mark(self.epoch, [], freezing)
-        released = self._change(switching, freezing, ranks, probe) if switching or freezing else {}
+        released: dict[str, int] = {}
+        if switching or freezing:
+            released = self._operate(switching, freezing, ranks, probe)
+            self._settle()
         self._take_snapshot()
         self._keep_window_start()
         trainable, total = parameter_counts(self.base_model)
@@ -291,12 +292,12 @@ class PreLoRA:
             self._settle()
         self._ramp.ramps = saved_ramps(state, self._ramp.ramps)
         self._monitor.load_state_dict(state["monitor"])
-        _load(self.base_model, state["model"])
+        shards.load(self.base_model, state["model"])
         optim.load_named_state(self.optimizer, self.base_model, state["optimizer"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(dict(state["scheduler"]))
         if self._averaged is not None:
-            _load(self._averaged, state["ema"])
+            shards.load(self._averaged, state["ema"])
             for name, buffer in own_buffers(self.ema).items():
                 buffer.copy_(state["ema_buffers"][name])
         self._take_snapshot()
@@ -355,14 +356,6 @@ class PreLoRA:
             other_trainable=sum(others) if self.config.freeze == "targets" else 0,
         )
 
-    def _change(
-        self, switching: Collection[str], freezing: Collection[str], ranks: Mapping[str, int], probe: Any
-    ) -> dict[str, int]:
-        """Surgery on the plain model, then optimizer, scheduler and wrappers anew; returns the bytes released."""
-        released = self._operate(switching, freezing, ranks, probe)
-        self._settle()
-        return released
-
     def _operate(
         self, switching: Collection[str], freezing: Collection[str], ranks: Mapping[str, int], probe: Any
     ) -> dict[str, int]:
@@ -397,9 +390,7 @@ class PreLoRA:
         if self.scheduler is not None:
             self.scheduler = optim.rebuild_scheduler(self.scheduler, self.optimizer, parents)
         if switching:
-            remaining = self.total_steps - self.step if self.total_steps is not None else self.step
-            length = min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0)))
-            self._ramp.begin(self.optimizer, Ramp(self.step, length))
+            self._ramp.begin(self.optimizer, Ramp.at(self.step, self.total_steps))
         self._watch_steps()
         return released
 
@@ -493,14 +484,3 @@ def _probed(model: nn.Module, probe: Any) -> Tensor | None:
         module.training = mode
     sharding.reshard(model)
     return logits(output)
-
-
-def _load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
-    """``module.load_state_dict``, whether either side is sharded or not."""
-    spread = {name: tensor for name, tensor in module.state_dict().items() if shards.is_shard(tensor)}
-    module.load_state_dict(
-        {
-            name: shards.laid_out_like(value, spread[name]) if name in spread else shards.full(value)
-            for name, value in saved.items()
-        }
-    )

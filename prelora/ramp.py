@@ -9,6 +9,8 @@ from torch.optim import Optimizer
 
 from prelora.optim import is_lora_group
 
+RAMP_SHARE, RAMP_STEPS = 0.01, 500
+
 
 @dataclass(frozen=True)
 class Ramp:
@@ -18,6 +20,12 @@ class Ramp:
     """Steps taken at injection."""
     length: int
     """Steps of the ramp; 0: none."""
+
+    @classmethod
+    def at(cls, step: int, total_steps: int | None) -> Ramp:
+        """The ramp of an injection: 1 % of the steps that remain, or (None) of those done, at most 500."""
+        remaining = total_steps - step if total_steps is not None else step
+        return cls(step, min(RAMP_STEPS, round(RAMP_SHARE * max(remaining, 0))))
 
     def factor(self, step: int) -> float:
         """The factor for the optimizer step after ``step`` finished ones."""

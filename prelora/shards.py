@@ -7,12 +7,12 @@ chunk of ``ceil(rows / ranks)`` rows and the last ones shorter, perhaps empty.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeGuard
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_shard(value: Any) -> TypeGuard[Any]:
@@ -110,6 +110,14 @@ def shard_index(tensor: Any) -> tuple[int, int]:
     """Which of how many parts this rank holds."""
     dim = _shard_dim(tensor)
     return tensor.device_mesh.get_local_rank(dim), tensor.device_mesh.size(dim)
+
+
+def load(module: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    """``module.load_state_dict``, whether either side is sharded or not."""
+    spread = {name: tensor for name, tensor in module.state_dict().items() if is_shard(tensor)}
+    module.load_state_dict(
+        {name: laid_out_like(value, spread[name]) if name in spread else full(value) for name, value in saved.items()}
+    )
 
 
 def _filled(flat: Tensor, size: int) -> Tensor:
