@@ -186,3 +186,10 @@ def test_merged_execution_and_dropout_exclude_each_other():
 
     assert message.startswith("execution = 'merged' with lora_dropout = 0.1: ")
     assert message.endswith("accepted are 'auto' and 'two_path'")
+
+
+def test_a_budget_with_a_switch_per_group_is_refused():
+    assert refusal(ValueError, switch="per_group", budget=0.1) == (
+        "switch = 'per_group' with budget = 0.1: a budget is a share over all layers, whose ranks are not known at "
+        "once; accepted is budget = None"
+    )

@@ -6,7 +6,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from models import images, labels, start, train
+from models import images, labels, start, tiny_vit, train
 from standing import FIELDS, PASSES, Standing
 from test_controller_resume import assert_same
 from timm.utils.model_ema import ModelEmaV3
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from two_ranks import Ranks
 
-from prelora import CheckpointError, distributed, monitor, surgery
+from prelora import CheckpointError, distributed, monitor, sharding, surgery
 from prelora.nn import LoRALinear
 from prelora.nn.deferred_grads import lora_grads_pending
 from prelora.surgery import is_lora
@@ -110,7 +110,7 @@ def test_in_a_mixture_what_has_not_been_frozen_trains(family, standing):
 @pytest.mark.parametrize(
     ("family", "fields"),
     [
-        ("vit", {}),
+        ("vit", {"lora_init": "window_update"}),
         ("hf vit", {"warmup_epochs": 1, "freeze": "all"}),
         ("vit", {"warmup_epochs": 0, "train_lora_a": False}),
     ],
@@ -245,7 +245,6 @@ def replicated(defer):
         found = []
         for _ in range(LAST + 1):
             (event,) = monitor.measure.epochs(pre, 1)
-            train(pre, 1)
             names = {name for name, _ in pre.base_model.named_parameters() if is_lora(name)}
             unreduced = names & set(pre.model.parameters_to_ignore)
             left = {
@@ -259,6 +258,21 @@ def replicated(defer):
         return found
     finally:
         monitor.measure = real
+
+
+def in_shards(family):
+    """A run whose model is made by ``family``: what switched, to which ranks, and the model of the end."""
+    monitor.measure, real = Standing(), monitor.measure
+    try:
+        pre = begin(family, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01), defer_lora_grads=True)
+        events = monitor.measure.epochs(pre, LAST + 1)
+        return [(event.switched_groups, event.frozen_groups, event.ranks) for event in events], pre.merged_state_dict()
+    finally:
+        monitor.measure = real
+
+
+def sharded_vit():
+    return sharding.shard(tiny_vit(), torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -276,3 +290,13 @@ def test_two_ranks_hold_the_same_bits_after_every_switch(defer, ranks):
 
     assert first == second
     assert {epoch: groups for epoch, (_, groups, _) in enumerate(first, start=1) if groups} == SWITCHES["vit"]
+
+
+def test_a_sharded_model_goes_through_every_switch_as_the_plain_one_does(ranks):
+    (first, model), (second, _) = ranks(in_shards, sharded_vit)
+
+    expected, plain = in_shards(tiny_vit)
+
+    assert first == second == expected
+    for name, tensor in plain.items():
+        torch.testing.assert_close(model[name], tensor, rtol=1e-3, atol=1e-5, msg=name)

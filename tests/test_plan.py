@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from prelora.analysis.plan import TargetCost, count_flops, count_model
 
 GIGA = 1e9
+GROUPS = ("q", "k", "v", "attn_out", "mlp_in", "mlp_out")
 
 
 def find_targets(model):
@@ -161,6 +162,26 @@ def test_lora_is_what_a_model_with_lora_costs(execution, freeze):
             model(inputs).sum().backward()
     assert predicted.lora == counter.get_total_flops() / images
     assert predicted.ceiling > 1
+
+
+@pytest.mark.parametrize("execution", ["merged", "two_path"])
+@pytest.mark.parametrize("train_lora_a", [True, False])
+def test_a_mixture_lies_where_its_targets_phases_put_it(execution, train_lora_a):
+    model = tiny()
+    targets = find_targets(model)
+    counted = count_model(model, targets, torch.empty(2, 3, 32, 32))
+    ranks = {target.name: 2 + 2 * (place % 3) for place, target in enumerate(targets)}
+    phases = counted.phases(ranks, execution, train_lora_a)
+
+    def mixture(by_group):
+        return counted.mixture({t.name: by_group.get(t.group, "full") for t in targets}, ranks, execution, train_lora_a)
+
+    for phase in ("full", "warmup", "lora"):
+        assert mixture(dict.fromkeys(GROUPS, phase)) == pytest.approx(getattr(phases, phase), rel=1e-12)
+    own = {"q": "warmup", "k": "lora", "attn_out": "lora", "mlp_in": "warmup"}
+    alone = [mixture({group: phase}) - phases.full for group, phase in own.items()]
+    assert mixture(own) - phases.full == pytest.approx(sum(alone), abs=1e-3)
+    assert mixture({"attn_out": "lora"}) < phases.full
 
 
 def test_freezing_all_is_cheaper_still():
