@@ -16,6 +16,7 @@ CHOICES = {
     "normalize": ("minmax", "quantile"),
     "criterion": ("norm", "update_rank"),
     "lora_init": ("kaiming", "window_update"),
+    "switch": ("together", "per_group"),
 }
 
 

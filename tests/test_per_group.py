@@ -42,7 +42,8 @@ def begin(family="vit", fields=None, **options):
 def base_of(pre, groups):
     """The weights and biases of the groups' targets, by name."""
     paths = {target.path for target in pre.targets if target.group in groups}
-    return {name: p for name, p in pre.base_model.named_parameters() if name.rpartition(".")[0] in paths}
+    named = pre.base_model.named_parameters()
+    return {name: p for name, p in named if name.rpartition(".")[0] in paths and not is_lora(name)}
 
 
 @pytest.mark.parametrize("family", SWITCHES)
@@ -210,7 +211,7 @@ def test_deferred_gradients_are_backwards_own_in_a_mixture(family, standing):
         grads[defer] = {name: p.grad for name, p in pre.base_model.named_parameters() if p.requires_grad}
 
     for name, grad in grads[True].items():
-        torch.testing.assert_close(grad, grads[False][name], rtol=1e-3, atol=1e-6, msg=name)
+        torch.testing.assert_close(grad, grads[False][name], rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_a_state_from_before_there_were_units_loads(standing):
@@ -266,7 +267,8 @@ def in_shards(family):
     try:
         pre = begin(family, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.01), defer_lora_grads=True)
         events = monitor.measure.epochs(pre, LAST + 1)
-        return [(event.switched_groups, event.frozen_groups, event.ranks) for event in events], pre.merged_state_dict()
+        model = {name: tensor.numpy() for name, tensor in pre.merged_state_dict().items()}
+        return [(event.switched_groups, event.frozen_groups, event.ranks) for event in events], model
     finally:
         monitor.measure = real
 
@@ -298,5 +300,5 @@ def test_a_sharded_model_goes_through_every_switch_as_the_plain_one_does(ranks):
     expected, plain = in_shards(tiny_vit)
 
     assert first == second == expected
-    for name, tensor in plain.items():
-        torch.testing.assert_close(model[name], tensor, rtol=1e-3, atol=1e-5, msg=name)
+    for name, values in plain.items():
+        torch.testing.assert_close(*map(torch.from_numpy, (model[name], values)), rtol=1e-3, atol=1e-5, msg=name)

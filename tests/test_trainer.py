@@ -24,13 +24,13 @@ from prelora.train.display import plain_warnings
 from prelora.train.model import build_model
 
 FIELDS = {
-    "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "communication", "memory",
+    "epoch", "step", "phase", "loss", "lr", "images", *MEASURED, "flops_per_image", "communication", "memory",
     "trainable", "norms", "base_norms", "lora_norms", "update", "eval", "ema_eval", "skipped_steps",
     "quarantined", "event",
 }  # fmt: skip
 EVENT_FIELDS = {
     "phase", "action", "reason", "norm_changes", "loss_changes", "update_ranks", "ranks", "released", "trainable_share",
-    "plan_flops",
+    "switched_groups", "frozen_groups", "plan_flops",
 }  # fmt: skip
 TARGETS = [
     f"blocks.{block}.{name}"
