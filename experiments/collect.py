@@ -48,7 +48,8 @@ def collect(dataset: Dataset) -> None:
     tables: dict[str, list[dict[str, Any]]] = {"runs": [], "epochs": [], "norms": [], "layers": [], "ranks": []}
     for variant, seed, folder in runs:
         run, prefix, key = load_run(folder), forked_after(folder), {"variant": variant.name, "seed": seed}
-        tables["runs"].append(key | _run_row(variant, run, prefix, folder))
+        predicted = _predicted_switch(folder, dataset.folder(dataset.variant("full"), seed))
+        tables["runs"].append(key | _run_row(variant, run, prefix, folder) | {"predicted_switch_epoch": predicted})
         tables["epochs"] += [key | row for row in _epoch_rows(run, prefix)]
         tables["norms"] += [key | row for row in _norm_rows(run, prefix)]
         tables["ranks"] += [key | row for row in _rank_rows(run, folder)]
@@ -92,6 +93,17 @@ def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str,
         "tau": config.prelora.tau if switches else None,
         "zeta": config.prelora.zeta if switches else None,
     }
+
+
+def _predicted_switch(folder: Path, full: Path) -> int | None:
+    """The first switch that ``prelora replay`` finds for a run's settings in the full-rank run's log.
+
+    None where there is none, or the log has not what the settings test.
+    """
+    config = load_yaml(folder / run_dir.CONFIG)
+    if config.method == "full" or config.prelora.criterion != "norm":
+        return None
+    return replay(load_log(full), config.prelora).switch_epoch
 
 
 def _epoch_rows(run: Run, prefix: int) -> Iterable[dict[str, Any]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 POINTS = {
     "step": ("prelora.train.loop", "Trainer._update"),
     "epoch_end": ("prelora.train.loop", "Trainer._end_epoch"),
-    "surgery": ("prelora.controller", "PreLoRA._change"),
+    "surgery": ("prelora.controller", "PreLoRA._operate"),
     "rebuild": ("prelora.optim", "rebuild_optimizer"),
     "rewrap": ("prelora.distributed", "rewrap"),
     "evaluation": ("prelora.train.evaluate", "logits"),

@@ -1,5 +1,6 @@
 """The declared experiments: every run has a config, is trained once, and ends up in the tables that figures read."""
 
+import csv
 import dataclasses
 
 import pytest
@@ -102,6 +103,14 @@ def test_a_run_that_shares_the_full_rank_runs_beginning_has_switched_by_itself(t
 
     assert (row.prefix_epochs, row.switch_epoch, row.freeze_epoch) == (1, 2, 4)
     assert [epoch.epoch for epoch in results.epochs_of(row)] == list(range(1, 9))
+
+
+def test_the_switch_is_the_one_that_replay_predicts_from_the_full_rank_log(trained):
+    with (collect.RESULTS / "digits" / "runs.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["variant"] in ("exp2", "w1")]
+
+    assert len(rows) == 4
+    assert [row["predicted_switch_epoch"] for row in rows] == [row["switch_epoch"] for row in rows] == ["2"] * 4
 
 
 def test_the_shared_beginning_is_not_in_the_tables_twice(trained):
