@@ -1,6 +1,7 @@
 """The finished runs' logs as small tables under ``results/``: what ``prelora figures`` and docs/results.md are made of.
 
-``python -m experiments.collect`` writes all; ``run.py`` does so after each data set.
+``python -m experiments.collect`` writes all; ``run.py`` does so after each run. Rows of runs whose folders are not on
+this machine stay as they are.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.declaration import ROOT, Dataset, Variant, load_grid
-from experiments.step_times import COLUMNS, read_times
+from experiments.step_times import read_times
 from prelora.analysis.records import Epoch, Run, load_run
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
@@ -26,6 +27,8 @@ from prelora.train.config import load_yaml
 from prelora.train.fork import forked_after
 
 RESULTS = ROOT / "results"
+Key = tuple[str, int]
+"""A run's variant and seed."""
 PACKAGES = ("torch", "timm", "numpy", "prelora")
 
 
@@ -37,33 +40,38 @@ def finished(folder: Path) -> bool:
     return len(run.epochs) == run.info.epochs
 
 
+def collected(dataset: Dataset) -> set[Key]:
+    """The runs that the tables have."""
+    return {_key(row) for row in _read(RESULTS / dataset.name / "runs.csv")}
+
+
 def collect(dataset: Dataset) -> None:
     """Write the tables of a data set's finished runs; there must be one."""
-    runs = [
-        (variant, seed, dataset.folder(variant, seed))
+    here = {
+        (variant.name, seed): (variant, dataset.folder(variant, seed))
         for variant in dataset.variants
         for seed in dataset.seeds
         if finished(dataset.folder(variant, seed))
-    ]
+    }
     tables: dict[str, list[dict[str, Any]]] = {"runs": [], "epochs": [], "norms": [], "layers": [], "ranks": []}
-    for variant, seed, folder in runs:
-        run, prefix, key = load_run(folder), forked_after(folder), {"variant": variant.name, "seed": seed}
+    for (name, seed), (variant, folder) in here.items():
+        run, prefix, key = load_run(folder), forked_after(folder), {"variant": name, "seed": seed}
         predicted = _predicted_switch(folder, dataset.folder(dataset.variant("full"), seed))
         tables["runs"].append(key | _run_row(variant, run, prefix, folder) | {"predicted_switch_epoch": predicted})
         tables["epochs"] += [key | row for row in _epoch_rows(run, prefix)]
         tables["norms"] += [key | row for row in _norm_rows(run, prefix)]
         tables["ranks"] += [key | row for row in _rank_rows(run, folder)]
-        if variant.name == "full":
+        if name == "full":
             tables["layers"] += _layer_rows(run, seed)
     out = RESULTS / dataset.name
     out.mkdir(parents=True, exist_ok=True)
-    for name, rows in tables.items():
-        _write(out / f"{name}.csv", list(rows[0]) if rows else [], (row.values() for row in rows))
+    for table, rows in tables.items():
+        _write(out / f"{table}.csv", rows, set(here), dataset)
     times = read_times(dataset)
-    _write(out / "timing.csv", list(COLUMNS), (row.values() for row in times))
-    environment = json.dumps(_environment(dataset, load_run(runs[0][2])), indent=1)
-    (out / "environment.json").write_text(environment + "\n")
-    print(f"{out}: {len(runs)} of {len(dataset.variants) * len(dataset.seeds)} runs")
+    _write(out / "timing.csv", times, {_key(row) for row in times}, dataset)
+    environment = _environment(dataset, load_run(next(iter(here.values()))[1]))
+    (out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
+    print(f"{out}: {len(collected(dataset))} of {len(dataset.variants) * len(dataset.seeds)} runs", flush=True)
 
 
 def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str, Any]:
@@ -175,11 +183,27 @@ def _environment(dataset: Dataset, run: Run) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, columns: list[str], rows: Iterable[Iterable[Any]]) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], here: set[Key], dataset: Dataset) -> None:
+    """Replace a table's rows of the runs ``here``; all stand in the declared order."""
+    rows = [*(row for row in _read(path) if _key(row) not in here), *rows]
+    order = [variant.name for variant in dataset.variants]
+    rows.sort(key=lambda row: (order.index(_key(row)[0]), _key(row)[1]))
+    columns = dict.fromkeys(column for row in rows for column in row)
     with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([_cell(value) for value in row] for row in rows)
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({column: _cell(value) for column, value in row.items()} for row in rows)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _key(row: Mapping[str, Any]) -> Key:
+    return row.get("variant", "full"), int(row["seed"])
 
 
 def _cell(value: Any) -> Any:

@@ -9,11 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.collect import collect, finished
+from experiments.collect import RESULTS, collect, collected, finished
 from experiments.declaration import ROOT, Dataset, Variant, load_grid
-from experiments.step_times import TIMED, equal_epochs, measure
+from experiments.step_times import TIMED, measure
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
+from prelora.analysis.results.clock import baseline_of, wall_clock
+from prelora.analysis.results.loading import load_results
 from prelora.train import run_dir
 from prelora.train.config import TrainConfig, save_yaml
 from prelora.train.fork import fork
@@ -39,16 +41,14 @@ def main() -> int:
                     print(f"{dataset.name} {variant.name} seed {seed}: {_progress(dataset, variant, seed)}")
                 elif code := train(dataset, variant, seed):
                     return code
-        if not options.list:
-            collect(dataset)
     return 0
 
 
 def train(dataset: Dataset, variant: Variant, seed: int) -> int:
-    """Train a run to its end, from where it stands, and measure its steps; returns the trainer's exit code."""
+    """Train a run to its end, from where it stands, measure its steps, collect it; returns the trainer's exit code."""
     folder = dataset.folder(variant, seed)
     config_file = folder / run_dir.CONFIG
-    if finished(folder):
+    if finished(folder) or not is_due(dataset, variant, seed):
         return 0
     if not config_file.exists():
         config = _config(dataset, variant, seed)
@@ -63,7 +63,18 @@ def train(dataset: Dataset, variant: Variant, seed: int) -> int:
     code = launch(config_file, dataset.threads)
     if code == 0 and variant.name in TIMED:
         measure(dataset, variant, seed)
+    if code == 0:
+        collect(dataset)
     return code
+
+
+def is_due(dataset: Dataset, variant: Variant, seed: int) -> bool:
+    """Whether a run is not in the tables yet, or is the full-rank one that another, which is not, is forked from."""
+    known = collected(dataset)
+    if (variant.name, seed) not in known:
+        return True
+    forked = [other.name for other in dataset.variants if other.fork or other.stop_at_switch_of is not None]
+    return variant.name == "full" and any((name, seed) not in known for name in forked)
 
 
 def launch(config_file: Path, threads: int) -> int:
@@ -76,8 +87,7 @@ def _config(dataset: Dataset, variant: Variant, seed: int) -> TrainConfig:
     """The run's config, with the epochs that another run of its seed decides."""
     config = dataset.config(variant, seed)
     if variant.equal_wall_clock is not None:
-        epochs = equal_epochs(dataset, dataset.variant(variant.equal_wall_clock), seed)
-        return dataclasses.replace(config, epochs=epochs)
+        return dataclasses.replace(config, epochs=_equal_epochs(dataset, variant.equal_wall_clock, seed))
     if variant.stop_at_switch_of is not None:
         other = dataset.config(dataset.variant(variant.stop_at_switch_of), seed)
         switch = _switch(other, dataset.folder(dataset.variant("full"), seed))
@@ -86,6 +96,14 @@ def _config(dataset: Dataset, variant: Variant, seed: int) -> TrainConfig:
         )
         return dataclasses.replace(config, epochs=switch + variant.cooldown_epochs, optim=optim)
     return config
+
+
+def _equal_epochs(dataset: Dataset, variant: str, seed: int) -> int:
+    """Epochs at full rank that take as long as the variant's run of this seed, by the steps that were measured."""
+    results = load_results(RESULTS / dataset.name)
+    run = next(run for run in results.of(variant) if run.seed == seed)
+    full = baseline_of(results, run)
+    return round(wall_clock(results, run) / wall_clock(results, full) * full.epochs)
 
 
 def _forked_from(variant: Variant, config: TrainConfig, source: Path) -> int:

@@ -66,20 +66,6 @@ def read_times(dataset: Dataset) -> list[dict[str, str]]:
     return rows
 
 
-def equal_epochs(dataset: Dataset, variant: Variant, seed: int) -> int:
-    """Epochs at full rank that take as long as the variant's run of this seed, by the medians of its steps.
-
-    Raises:
-        ValueError: the variant is not trained and measured yet.
-    """
-    folder = dataset.folder(variant, seed)
-    times = [row for row in read_times(dataset) if (row["variant"], row["seed"]) == (variant.name, str(seed))]
-    if not times:
-        raise ValueError(f"{folder} is not trained and measured yet: declare {variant.name} earlier")
-    step = {p: statistics.median(float(row["seconds"]) for row in times if row["phase"] == p) for p in PHASES}
-    return round(sum(step[epoch.phase] for epoch in load_run(folder).epochs) / step["full"])
-
-
 def main() -> int:
     """Run the command line; returns 0."""
     parser = argparse.ArgumentParser(description=__doc__)

@@ -10,6 +10,7 @@ from tiny_runs import TINY, train
 
 from experiments import collect, declaration, run, step_times
 from prelora.analysis.records import load_run
+from prelora.analysis.results.clock import wall_clock
 from prelora.analysis.results.loading import load_results
 from prelora.train.config import load_yaml, to_dict
 
@@ -76,7 +77,8 @@ def trained(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(declaration, "RUNS", root / "runs")
-        patch.setattr(collect, "RESULTS", root / "results")
+        for module in (collect, run):
+            patch.setattr(module, "RESULTS", root / "results")
         patch.setattr(step_times, "ROUNDS", 2)
         patch.setattr(run, "launch", lambda config_file, threads: train(load_yaml(config_file)))
         patch.setattr(run, "measure", step_times.measure_here)
@@ -84,7 +86,6 @@ def trained(tmp_path_factory):
         for variant in dataset.variants:
             for seed in dataset.seeds:
                 assert run.train(dataset, variant, seed) == 0
-        collect.collect(dataset)
         yield dataset, load_results(root / "results" / "digits")
 
 
@@ -123,12 +124,12 @@ def test_the_shared_beginning_is_not_in_the_tables_twice(trained):
     assert [epoch.train_loss for epoch in joined] == pytest.approx([epoch.loss for epoch in own], rel=1e-5)
 
 
-def test_the_compressed_run_has_as_many_epochs_as_the_measured_steps_say(trained):
-    dataset, results = trained
+def test_the_compressed_run_takes_as_long_as_its_model_to_the_nearest_epoch(trained):
+    _, results = trained
 
-    expected = step_times.equal_epochs(dataset, dataset.variant("exp2"), 0)
-
-    assert results.of("compressed")[0].epochs == expected
+    for compressed, exp2, full in zip(*map(results.of, ("compressed", "exp2", "full")), strict=True):
+        epoch = wall_clock(results, full) / full.epochs
+        assert compressed.epochs == round(wall_clock(results, exp2) / epoch)
 
 
 def test_the_stopped_run_ends_after_the_switch_and_its_cooldown(trained):
@@ -145,3 +146,37 @@ def test_a_finished_run_is_not_trained_again(trained):
     assert run.train(dataset, dataset.variant("exp2"), 0) == 0
 
     assert_equal(outcome(folder), before)
+
+
+def test_tables_keep_the_runs_whose_folders_are_elsewhere_and_they_are_not_due(trained, tmp_path):
+    dataset, _ = trained
+    tables = {path.name: path.read_text() for path in (collect.RESULTS / "digits").glob("*.csv")}
+    folder = dataset.folder(dataset.variant("w1"), 1)
+    folder.rename(tmp_path / "elsewhere")
+
+    try:
+        collect.collect(dataset)
+        assert run.train(dataset, dataset.variant("w1"), 1) == 0
+        assert not folder.exists()
+    finally:
+        (tmp_path / "elsewhere").rename(folder)
+
+    assert {path.name: path.read_text() for path in (collect.RESULTS / "digits").glob("*.csv")} == tables
+
+
+def test_the_full_rank_run_is_due_again_where_a_run_to_fork_from_it_is_missing(trained, tmp_path):
+    dataset, _ = trained
+    full = dataset.folder(dataset.variant("full"), 0)
+    table = collect.RESULTS / "digits" / "runs.csv"
+    whole = table.read_text()
+    full.rename(tmp_path / "full")
+
+    try:
+        not_missing = run.is_due(dataset, dataset.variant("full"), 0)
+        table.write_text("".join(line for line in whole.splitlines(keepends=True) if not line.startswith("w1,0")))
+        missing = run.is_due(dataset, dataset.variant("full"), 0)
+    finally:
+        table.write_text(whole)
+        (tmp_path / "full").rename(full)
+
+    assert (not_missing, missing) == (False, True)
