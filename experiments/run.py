@@ -122,6 +122,8 @@ def _switch(config: TrainConfig, source: Path) -> int:
 
 
 def _progress(dataset: Dataset, variant: Variant, seed: int) -> str:
+    if (variant.name, seed) in collected(dataset):
+        return "in the tables"
     log = dataset.folder(variant, seed) / run_dir.METRICS
     return f"{len(log.read_text().splitlines())} epochs" if log.exists() else "not begun"
 
