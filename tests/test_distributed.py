@@ -13,7 +13,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import WORLD, Ranks
+from two_ranks import WORLD, running
 
 from prelora import PreLoRA, PreLoRAConfig, distributed, monitor, surgery
 from prelora.targets import find_targets
@@ -24,11 +24,8 @@ CONFIG = PreLoRAConfig(k=2, m=1, tau=1e6, zeta=1e6, warmup_epochs=2, r_min=1, r_
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(tmp_path_factory.mktemp("ranks"))
+    with running(tmp_path_factory.mktemp("ranks")) as started:
         yield started
-        started.close()
 
 
 # What runs on a rank.

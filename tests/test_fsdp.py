@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
-from two_ranks import Ranks
+from two_ranks import running
 
 from prelora import PreLoRA, PreLoRAConfig, distributed, sharding, shards, surgery
 from prelora.errors import OptimizerError
@@ -42,11 +42,8 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(tmp_path_factory.mktemp("ranks"), RANKS)
+    with running(tmp_path_factory.mktemp("ranks"), RANKS) as started:
         yield started
-        started.close()
 
 
 def held(pre, of="optimizer"):

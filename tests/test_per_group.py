@@ -12,7 +12,7 @@ from test_controller_resume import assert_same
 from timm.utils.model_ema import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
-from two_ranks import Ranks
+from two_ranks import running
 
 from prelora import CheckpointError, distributed, monitor, sharding, surgery
 from prelora.nn import LoRALinear
@@ -279,11 +279,8 @@ def sharded_vit():
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(tmp_path_factory.mktemp("ranks"))
+    with running(tmp_path_factory.mktemp("ranks")) as started:
         yield started
-        started.close()
 
 
 @pytest.mark.parametrize("defer", [True, False])

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from fsdp_runs import RANKS, ddp, end, fsdp, hybrid, plain, start, train
-from two_ranks import Ranks
+from two_ranks import running
 
 from prelora import CheckpointError, checkpoint, distributed
 from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest, save_checkpoint, sweep
@@ -24,11 +24,8 @@ SHARDS = [
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(tmp_path_factory.mktemp("ranks"), RANKS)
+    with running(tmp_path_factory.mktemp("ranks"), RANKS) as started:
         yield started
-        started.close()
 
 
 def go_on(pre):

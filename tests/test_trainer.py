@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from tiny_runs import MEASURED, PHASES, STEPS, TINY, finished, metrics, names, newest, outcome, tiny, train
+from tiny_runs import MEASURED, PHASES, STEPS, TINY, finished, metrics, names, newest, outcome
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from prelora import PreLoRAWarning
@@ -484,23 +484,3 @@ def test_a_plan_writes_nothing(tmp_path):
     assert main(["--dry-run", "--output", str(tmp_path / "run")]) == 0
 
     assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3, 4, 5, 6]), (4, [4, 6]), (9, [6])])
-def test_it_evaluates_every_so_many_epochs_and_after_the_last(tmp_path, every, evaluated):
-    assert train(tiny(tmp_path / "run", eval_every=every, ema_decay=0.9)) == 0
-
-    for field in ("eval", "ema_eval"):
-        assert [line["epoch"] for line in metrics(tmp_path / "run") if line[field] is not None] == evaluated
-
-
-def test_an_epoch_may_be_a_part_of_a_pass(tmp_path):
-    assert train(tiny(tmp_path / "run", data={"epochs_per_pass": 4})) == 0
-
-    assert [line["step"] for line in metrics(tmp_path / "run")] == [2, 4, 6, 8, 10, 12]
-
-
-def test_more_epochs_per_pass_than_there_are_batches_are_refused(tmp_path, capsys):
-    assert train(tiny(tmp_path / "run", data={"epochs_per_pass": 9})) == 2
-
-    assert "the global batch of 160 is larger than the 159 images of an epoch" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import fsdp_runs
 import pytest
 import torch
 from models import epochs, images, start, tiny_vit, until
-from two_ranks import Ranks
+from two_ranks import running
 
 from prelora import PreLoRAWarning, find_targets, shards, surgery
 from prelora.checkpoint import load_checkpoint
@@ -206,11 +206,8 @@ def test_without_either_option_nothing_is_copied_or_measured(fields):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(tmp_path_factory.mktemp("ranks"))
+    with running(tmp_path_factory.mktemp("ranks")) as started:
         yield started
-        started.close()
 
 
 def switched(wrap):

@@ -1,9 +1,11 @@
 """Gloo processes, two unless told otherwise, that live as long as a test module and do what its tests hand them."""
 
+import contextlib
 import datetime as dt
 import multiprocessing
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -72,3 +74,13 @@ class Ranks:
         for process in self.processes:
             process.join(timeout=30)
             process.kill()
+
+
+@contextlib.contextmanager
+def running(folder, world=WORLD):
+    """``Ranks`` with one thread each, closed at the end; ``folder``: an empty one, where they meet."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        started = Ranks(folder, world)
+        yield started
+        started.close()
