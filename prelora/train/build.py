@@ -51,8 +51,7 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     from timm.utils.model_ema import ModelEmaV3
 
     source = build_config_source(config, device)
-    global_batch = config.data.batch_size * config.optim.accumulate * distributed.world_size()
-    images = source.train_samples // config.data.epochs_per_pass
+    images, global_batch = epoch_images(config, source.train_samples), batch_of(config, distributed.world_size())
     steps = images // global_batch
     if steps == 0:
         raise ValueError(f"the global batch of {global_batch} is larger than the {images} images of an epoch")
@@ -82,6 +81,16 @@ def build_parts(config: TrainConfig, device: torch.device) -> tuple[Parts, Model
     )
     mixing, criterion = _mix_and_criterion(config, source.classes)
     return Parts(pre, source, criterion, mixing, device, steps, global_batch), flops
+
+
+def batch_of(config: TrainConfig, world_size: int) -> int:
+    """Images of an optimizer step over all ranks."""
+    return config.data.batch_size * config.optim.accumulate * world_size
+
+
+def epoch_images(config: TrainConfig, train_samples: int) -> int:
+    """Images of an epoch, before they are cut down to whole steps."""
+    return train_samples // config.data.epochs_per_pass
 
 
 def build_config_source(config: TrainConfig, device: torch.device) -> Source:

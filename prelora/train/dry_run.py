@@ -16,7 +16,7 @@ from prelora.analysis.planner import Setup, make_plan
 from prelora.controller import parameter_counts
 from prelora.data import imagenet
 from prelora.targets import Target, by_group
-from prelora.train.build import build_config_source, config_flops, config_targets
+from prelora.train.build import batch_of, build_config_source, config_flops, config_targets, epoch_images
 from prelora.train.config import TrainConfig
 from prelora.train.model import build_model
 
@@ -35,7 +35,7 @@ def describe(config: TrainConfig, gpus: int) -> str:
         model = build_model(config.model, classes=classes, channels=channels)
     targets = config_targets(config, model)
     counted = config_flops(config, model, targets, channels)
-    batch = config.data.batch_size * config.optim.accumulate * gpus
+    batch = batch_of(config, gpus)
     groups = ", ".join(f"{group} × {len(members)}" for group, members in by_group(targets).items())
     lines = [
         f"recipe        {config.recipe}",
@@ -44,7 +44,7 @@ def describe(config: TrainConfig, gpus: int) -> str:
         f"data          {where}: {samples:,} training images, {classes} classes",
         f"batch         {batch} = {config.data.batch_size} images × {config.optim.accumulate} accumulated "
         f"× {gpus} rank(s)",
-        f"steps         {samples // batch:,} an epoch × {config.epochs} epochs, "
+        f"steps         {epoch_images(config, samples) // batch:,} an epoch × {config.epochs} epochs, "
         f"LR warm-up {config.optim.warmup_epochs} epochs, cosine to {config.optim.min_lr:g}",
         f"precision     {config.precision}",
         *_phases(config),
