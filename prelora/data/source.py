@@ -15,6 +15,8 @@ from prelora.data import imagenet
 Batches = Iterator[tuple[Tensor, Tensor]]
 SourceName = Literal["digits", "idx", "images", "synthetic"]
 LoaderName = Literal["auto", "dali", "plain"]
+TAKEN_BY = {"path": ("images", "idx"), "rand_augment": ("images",), "loader": ("images",)}
+"""Options that not every source takes."""
 
 
 class Source(Protocol):
@@ -100,7 +102,7 @@ def build_source(
             loader=loader,
             device=device,
         )
-    _refuse_options_of_images(name, path, rand_augment, loader)
+    _refuse_unwanted(name, {"path": path, "rand_augment": rand_augment, "loader": None if loader == "auto" else loader})
     if name == "idx":
         from prelora.data.idx import idx
 
@@ -125,10 +127,9 @@ def build_source(
     raise ValueError(f"data {name!r}: accepted are digits, idx, images, synthetic")
 
 
-def _refuse_options_of_images(
-    name: str, path: Path | None, rand_augment: tuple[int, float] | None, loader: LoaderName
-) -> None:
-    given = {"path": path, "rand_augment": rand_augment, "loader": None if loader == "auto" else loader}
+def _refuse_unwanted(name: str, given: Mapping[str, object]) -> None:
     for option, value in given.items():
-        if value is not None and (name, option) != ("idx", "path"):
-            raise ValueError(f"data {name!r} takes no {option}, got {value}: only 'images' does")
+        if value is not None and name not in TAKEN_BY[option]:
+            takers = TAKEN_BY[option]
+            only = " and ".join(map(repr, takers)) + (" do" if len(takers) > 1 else " does")
+            raise ValueError(f"data {name!r} takes no {option}, got {value}: only {only}")
