@@ -52,8 +52,9 @@ def fork(source: Path, epoch: int, config: TrainConfig) -> Path:
         raise CheckpointError(f"{path} is in phase {tree['phase']!r}: only a run in 'full' can become another")
     if tree["train"]["progress"]["step"]:
         raise CheckpointError(f"{path} was written within an epoch: accepted is one of an epoch's end")
-    _check_same_until(epoch, tree["train"]["config"], config)
-    tree["window_snapshot"] = _window_snapshot(source, epoch, tree, config)
+    saved = from_dict(tree["train"]["config"])
+    _check_same_until(epoch, saved, config)
+    tree["window_snapshot"] = _window_snapshot(source, epoch, tree, saved, config)
     if config.method == "prelora" and epoch > config.prelora.monitor_from:
         _check_still_full(source, epoch, config)
     if config.output.exists():
@@ -116,10 +117,10 @@ def _after(source: Path, epoch: int) -> Path:
 
 
 def _window_snapshot(
-    source: Path, epoch: int, tree: Mapping[str, Any], config: TrainConfig
+    source: Path, epoch: int, tree: Mapping[str, Any], saved: TrainConfig, config: TrainConfig
 ) -> dict[str, Tensor] | None:
     """The targets' weights at the last window's end, which a run keeps only if its settings ask for them."""
-    ours, theirs = config.prelora, from_dict(tree["train"]["config"]).prelora
+    ours, theirs = config.prelora, saved.prelora
     if not ours.keeps_windows or epoch < ours.monitor_from:
         return None
     if theirs.criterion != ours.criterion and epoch > ours.monitor_from:
@@ -132,20 +133,20 @@ def _window_snapshot(
     return {target.path: model[f"{target.path}.weight"] for target in from_dicts(tree["targets"])}
 
 
-def _check_same_until(epoch: int, saved: Mapping[str, Any], config: TrainConfig) -> None:
-    theirs, ours = flat(to_dict(from_dict(dict(saved)))), flat(to_dict(config))
+def _check_same_until(epoch: int, saved: TrainConfig, config: TrainConfig) -> None:
+    theirs, ours = flat(to_dict(saved)), flat(to_dict(config))
     for key, value in ours.items():
         free = key in (*FREE, *LATER) or key.partition(".")[0] in (*FREE, "prelora")
         if (not free or key in MONITOR) and theirs[key] != value:
             raise ValueError(f"{key} = {value}: the run to fork was trained with {theirs[key]}")
-    before, now = (values["optim.schedule_epochs"] or values["epochs"] for values in (theirs, ours))
+    before, now = (run.optim.schedule_epochs or run.epochs for run in (saved, config))
     if before != now:
         raise ValueError(
             f"the rate's schedule is over {now} epochs, that of the run to fork over {before}: accepted with "
             f"optim.schedule_epochs = {before}"
         )
-    for values in (theirs, ours):
-        if (start := values["epochs"] - values["optim.cooldown_epochs"]) < epoch:
+    for run in (saved, config):
+        if (start := run.epochs - run.optim.cooldown_epochs) < epoch:
             raise ValueError(f"epoch {epoch} lies in a cooldown, which starts after epoch {start}")
 
 
