@@ -7,11 +7,9 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
-from prelora.analysis.results.rows import EpochRow, Phase, RunRow, TimingRow
-
-FALLBACK = "exp2"
-"""The variant whose timing serves those without their own."""
+from prelora.analysis.results.loading import BASELINE, PRELORA, MissingDataError, Results
+from prelora.analysis.results.rows import EpochRow, RunRow, TimingRow
+from prelora.units import Phase
 
 
 @dataclass(frozen=True)
@@ -121,11 +119,11 @@ def _timed(timing: Sequence[TimingRow], run: RunRow, phase: Phase) -> list[Timin
     choices = (
         [row for row in rows if (row.variant, row.seed) == (run.variant, run.seed)],
         [row for row in rows if row.variant == run.variant],
-        [row for row in rows if row.variant == FALLBACK],
+        [row for row in rows if row.variant == PRELORA],
     )
     found = next(filter(None, choices), None)
     if found is None:
-        raise MissingDataError(f"no step of phase {phase} in timing.csv, of {run.variant} or of {FALLBACK}")
+        raise MissingDataError(f"no step of phase {phase} in timing.csv, of {run.variant} or of {PRELORA}")
     return found
 
 

@@ -8,11 +8,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from prelora.analysis import drawing
-from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
+from prelora.analysis.results.loading import BASELINE, PRELORA, MissingDataError, Results
 from prelora.analysis.results.series import present
 from prelora.analysis.results.stats import Sample, paired_difference
 
-PRELORA = "exp2"
 ALTERNATIVES = ("lora_lr4", "lora_lr16", "wide_ranks", "lora_init", "per_group", "update_rank")
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from prelora.analysis import drawing
-from prelora.analysis.results.loading import BASELINE, MissingDataError, Results
+from prelora.analysis.results.loading import BASELINE, PRELORA, MissingDataError, Results
 from prelora.analysis.results.rows import EpochRow, NormRow, RunRow
 from prelora.analysis.results.series import (
     STYLE,
@@ -28,7 +28,6 @@ from prelora.analysis.results.series import (
 from prelora.analysis.results.stats import Band, band
 
 QUERY = "q"
-RANKED = "exp2"
 
 
 def fig1(results: Results) -> Figure:
@@ -133,9 +132,9 @@ def fig6(results: Results) -> Figure:
 
 def ranks(results: Results) -> Figure:
     """Ranks that Algorithm 2 gave Exp2: groups down, layers across, a panel for each seed."""
-    rows = [row for row in results.ranks if row.variant == RANKED]
+    rows = [row for row in results.ranks if row.variant == PRELORA]
     if not rows:
-        raise MissingDataError(f"no rank of {RANKED} in ranks.csv")
+        raise MissingDataError(f"no rank of {PRELORA} in ranks.csv")
     groups = list(dict.fromkeys(row.group for row in rows))
     layers, seeds = sorted({row.layer for row in rows}), sorted({row.seed for row in rows})
     given = sorted({row.rank for row in rows})
@@ -153,7 +152,7 @@ def ranks(results: Results) -> Figure:
         axes.set_yticklabels([])
     for axes in grid.flat[len(seeds) :]:
         axes.set_visible(False)
-    drawing.write_below(figure, f"{results.name}, {results.title(RANKED)}: rank of every target, darker is higher.")
+    drawing.write_below(figure, f"{results.name}, {results.title(PRELORA)}: rank of every target, darker is higher.")
     return figure
 
 
@@ -162,8 +161,8 @@ def _widths(results: Results) -> dict[int, str]:
     found = {int(variant[1:]): variant for variant in results.variants if re.fullmatch(r"w\d+", variant)}
     if not found:
         raise MissingDataError("no run of a variant w1, w2, w3 and so on")
-    if 2 not in found and "exp2" in results.variants:
-        found[2] = "exp2"
+    if 2 not in found and PRELORA in results.variants:
+        found[2] = PRELORA
     return dict(sorted(found.items()))
 
 

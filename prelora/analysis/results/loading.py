@@ -17,7 +17,8 @@ from prelora.analysis.results.rows import EpochRow, LayerRow, NormRow, RankRow, 
 
 Identity = tuple[str, int]
 """Variant and seed."""
-BASELINE = "full"
+BASELINE, PRELORA = "full", "exp2"
+"""Full training, and the variant that stands for PreLoRA; its timing serves those without their own."""
 
 
 class MissingDataError(ValueError):

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 
 from prelora.analysis import drawing
 from prelora.analysis.results.clock import baseline_of, epoch_seconds, phase_ceiling
-from prelora.analysis.results.loading import BASELINE, Results
-from prelora.analysis.results.rows import EpochRow, Phase, RunRow
+from prelora.analysis.results.loading import BASELINE, PRELORA, Results
+from prelora.analysis.results.rows import EpochRow, RunRow
 from prelora.analysis.results.series import compared, say_below
+from prelora.units import Phase
 
-PRELORA = "exp2"
 ITEMS = {
     "memory_parameters": "weights",
     "memory_gradients": "gradients",

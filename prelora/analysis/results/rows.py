@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-Phase = Literal["full", "warmup", "lora"]
+from prelora.units import Phase
 
 
 @dataclass(frozen=True)

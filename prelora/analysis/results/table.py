@@ -6,9 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from prelora.analysis.results.clock import FALLBACK, baseline_of, phase_time, run_speed_up
+from prelora.analysis.results.clock import baseline_of, phase_time, run_speed_up
 from prelora.analysis.results.differences import top1_difference
-from prelora.analysis.results.loading import BASELINE, MissingDataError, Results, machine_line
+from prelora.analysis.results.loading import BASELINE, PRELORA, MissingDataError, Results, machine_line
 from prelora.analysis.results.rows import RunRow
 from prelora.analysis.results.stats import Sample, signed
 
@@ -43,7 +43,7 @@ def table1(results: Results) -> str:
         "the steps on a machine that may have been busy.",
     ]
     if borrowed:
-        notes.append(f"Their phases were timed as those of {FALLBACK}: {', '.join(map(results.title, borrowed))}.")
+        notes.append(f"Their phases were timed as those of {PRELORA}: {', '.join(map(results.title, borrowed))}.")
     if machine_line(results.environment):
         notes.append(f"Measured on {machine_line(results.environment)}.")
     lines = [f"# {results.name}", "", *_markdown([HEADER, *rows]), "", *notes]
