@@ -18,64 +18,59 @@ from typing import Any
 
 from experiments.declaration import ROOT, Dataset, Variant, load_grid
 from experiments.step_times import read_times
-from prelora.analysis.records import Epoch, Run, load_run
+from prelora.analysis.records import Epoch, Run
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
+from prelora.analysis.results.loading import BASELINE, Identity
 from prelora.analysis.summary import group_means
 from prelora.train import run_dir
-from prelora.train.config import load_yaml
+from prelora.train.config import TrainConfig, load_yaml
 from prelora.train.fork import forked_after
 
 RESULTS = ROOT / "results"
-Key = tuple[str, int]
-"""A run's variant and seed."""
 PACKAGES = ("torch", "timm", "numpy", "prelora")
 
 
-def finished(folder: Path) -> bool:
-    """Whether the run in ``folder`` has trained its last epoch."""
-    if not (folder / run_dir.RUN).exists():
-        return False
-    run = load_run(folder)
-    return len(run.epochs) == run.info.epochs
-
-
-def collected(dataset: Dataset) -> set[Key]:
+def collected(dataset: Dataset) -> set[Identity]:
     """The runs that the tables have."""
     return {_key(row) for row in _read(RESULTS / dataset.name / "runs.csv")}
 
 
 def collect(dataset: Dataset) -> None:
-    """Write the tables of a data set's finished runs; there must be one."""
-    here = {
-        (variant.name, seed): (variant, dataset.folder(variant, seed))
-        for variant in dataset.variants
-        for seed in dataset.seeds
-        if finished(dataset.folder(variant, seed))
-    }
+    """Write the tables of a data set's finished runs; without any, nothing."""
     tables: dict[str, list[dict[str, Any]]] = {"runs": [], "epochs": [], "norms": [], "layers": [], "ranks": []}
-    for (name, seed), (variant, folder) in here.items():
-        run, prefix, key = load_run(folder), forked_after(folder), {"variant": name, "seed": seed}
-        predicted = _predicted_switch(folder, dataset.folder(dataset.variant("full"), seed))
-        tables["runs"].append(key | _run_row(variant, run, prefix, folder) | {"predicted_switch_epoch": predicted})
+    here: dict[Identity, Run] = {}
+    for variant, seed in dataset.runs:
+        run = dataset.finished(variant, seed)
+        if run is None:
+            continue
+        here[variant.name, seed] = run
+        folder = dataset.folder(variant, seed)
+        config, prefix = load_yaml(folder / run_dir.CONFIG), forked_after(folder)
+        key = {"variant": variant.name, "seed": seed}
+        predicted = _predicted_switch(config, dataset.folder(dataset.variant(BASELINE), seed))
+        tables["runs"].append(key | _run_row(variant, run, config, prefix) | {"predicted_switch_epoch": predicted})
         tables["epochs"] += [key | row for row in _epoch_rows(run, prefix)]
         tables["norms"] += [key | row for row in _norm_rows(run, prefix)]
-        tables["ranks"] += [key | row for row in _rank_rows(run, folder)]
-        if name == "full":
+        if run.ranks:
+            changes = replay(load_log(folder), config.prelora).changes
+            tables["ranks"] += [key | row for row in _rank_rows(run, changes)]
+        if variant.name == BASELINE:
             tables["layers"] += _layer_rows(run, seed)
+    if not here:
+        return
     out = RESULTS / dataset.name
     out.mkdir(parents=True, exist_ok=True)
     for table, rows in tables.items():
         _write(out / f"{table}.csv", rows, set(here), dataset)
     times = read_times(dataset)
     _write(out / "timing.csv", times, {_key(row) for row in times}, dataset)
-    environment = _environment(dataset, load_run(next(iter(here.values()))[1]))
+    environment = _environment(dataset, next(iter(here.values())))
     (out / "environment.json").write_text(json.dumps(environment, indent=1) + "\n")
-    print(f"{out}: {len(collected(dataset))} of {len(dataset.variants) * len(dataset.seeds)} runs", flush=True)
+    print(f"{out}: {len(collected(dataset))} of {len(dataset.runs)} runs", flush=True)
 
 
-def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str, Any]:
-    config = load_yaml(folder / run_dir.CONFIG)
+def _run_row(variant: Variant, run: Run, config: TrainConfig, prefix: int) -> dict[str, Any]:
     switches = config.method == "prelora"
     evaluated = [epoch.evaluation for epoch in run.epochs if epoch.evaluation is not None]
     last = run.epochs[-1]
@@ -103,12 +98,11 @@ def _run_row(variant: Variant, run: Run, prefix: int, folder: Path) -> dict[str,
     }
 
 
-def _predicted_switch(folder: Path, full: Path) -> int | None:
+def _predicted_switch(config: TrainConfig, full: Path) -> int | None:
     """The first switch that ``prelora replay`` finds for a run's settings in the full-rank run's log.
 
     None where there is none, or the log has not what the settings test.
     """
-    config = load_yaml(folder / run_dir.CONFIG)
     if config.method == "full" or config.prelora.criterion != "norm":
         return None
     return replay(load_log(full), config.prelora).switch_epoch
@@ -162,9 +156,8 @@ def _layer_rows(run: Run, seed: int) -> Iterable[dict[str, Any]]:
             yield where | {"norm": epoch.norms[target.name]}
 
 
-def _rank_rows(run: Run, folder: Path) -> Iterable[dict[str, Any]]:
-    changes = replay(load_log(folder), load_yaml(folder / run_dir.CONFIG).prelora).changes if run.ranks else {}
-    for target in run.info.targets if run.ranks else ():
+def _rank_rows(run: Run, changes: Mapping[str, Mapping[str, float]]) -> Iterable[dict[str, Any]]:
+    for target in run.info.targets:
         change = changes.get(target.group, {}).get(target.name)
         yield {"group": target.group, "layer": target.layer, "rank": run.ranks[target.name], "change": change}
 
@@ -183,7 +176,7 @@ def _environment(dataset: Dataset, run: Run) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, rows: list[dict[str, Any]], here: set[Key], dataset: Dataset) -> None:
+def _write(path: Path, rows: list[dict[str, Any]], here: set[Identity], dataset: Dataset) -> None:
     """Replace a table's rows of the runs ``here``; all stand in the declared order."""
     rows = [*(row for row in _read(path) if _key(row) not in here), *rows]
     order = [variant.name for variant in dataset.variants]
@@ -202,8 +195,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
         return list(csv.DictReader(file))
 
 
-def _key(row: Mapping[str, Any]) -> Key:
-    return row.get("variant", "full"), int(row["seed"])
+def _key(row: Mapping[str, Any]) -> Identity:
+    return row.get("variant", BASELINE), int(row["seed"])
 
 
 def _cell(value: Any) -> Any:
@@ -215,8 +208,7 @@ def _cell(value: Any) -> Any:
 def main() -> int:
     """Run the command line; returns 0."""
     for dataset in load_grid():
-        if any(finished(dataset.folder(variant, seed)) for variant in dataset.variants for seed in dataset.seeds):
-            collect(dataset)
+        collect(dataset)
     return 0
 
 

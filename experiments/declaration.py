@@ -1,14 +1,18 @@
-"""What ``grid.yaml`` declares, as configs of single runs."""
+"""What ``grid.yaml`` declares: each run's config, its folder, and what stands there."""
 
 from __future__ import annotations
 
+import argparse
 import copy
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from prelora.analysis.records import Run, load_run
+from prelora.train import run_dir
 from prelora.train.config import TrainConfig, from_dict
 
 GRID = Path(__file__).with_name("grid.yaml")
@@ -25,13 +29,13 @@ class Variant:
     name: str
     title: str
     overrides: dict[str, Any]
-    fork: bool
+    fork: bool = False
     """Whether it takes over the full-rank run of its seed until a window before its switch."""
-    equal_wall_clock: str | None
+    equal_wall_clock: str | None = None
     """The variant whose time by the clock its epochs are to fill."""
-    stop_at_switch_of: str | None
+    stop_at_switch_of: str | None = None
     """The variant at whose switch it stops, after ``cooldown_epochs``."""
-    cooldown_epochs: int
+    cooldown_epochs: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,11 @@ class Dataset:
     variants: tuple[Variant, ...]
     seeds: tuple[int, ...]
     threads: int
+
+    @property
+    def runs(self) -> list[tuple[Variant, int]]:
+        """Variant and seed of every run, in the declared order."""
+        return [(variant, seed) for variant in self.variants for seed in self.seeds]
 
     def variant(self, name: str) -> Variant:
         """By name."""
@@ -58,6 +67,12 @@ class Dataset:
     def folder(self, variant: Variant, seed: int) -> Path:
         """The run's."""
         return RUNS / self.name / variant.name / f"seed{seed}"
+
+    def finished(self, variant: Variant, seed: int) -> Run | None:
+        """The run, if it has trained its last epoch."""
+        folder = self.folder(variant, seed)
+        run = load_run(folder) if (folder / run_dir.RUN).exists() else None
+        return run if run is not None and len(run.epochs) == run.info.epochs else None
 
 
 def load_grid(path: Path = GRID) -> list[Dataset]:
@@ -75,6 +90,23 @@ def load_grid(path: Path = GRID) -> list[Dataset]:
     return datasets
 
 
+def add_choices(parser: argparse.ArgumentParser) -> None:
+    """Options that choose among the declared runs."""
+    parser.add_argument("--dataset", action="append", help="only this one (may be repeated; default: all)")
+    parser.add_argument("--variant", action="append", help="only this one (may be repeated; default: all)")
+    parser.add_argument("--seed", type=int, action="append", help="only this one (may be repeated; default: all)")
+
+
+def chosen(options: argparse.Namespace) -> Iterator[tuple[Dataset, Variant, int]]:
+    """The runs that ``add_choices``' options leave."""
+    asked = (options.dataset, options.variant, options.seed)
+    for dataset in load_grid():
+        for variant, seed in dataset.runs:
+            named = (dataset.name, variant.name, seed)
+            if all(wanted is None or name in wanted for wanted, name in zip(asked, named, strict=True)):
+                yield dataset, variant, seed
+
+
 def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
     """``values`` with ``overrides``, which may go into nested mappings."""
     result = copy.deepcopy(values)
@@ -87,14 +119,7 @@ def merged(values: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 def _variant(name: str, declared: dict[str, Any]) -> Variant:
     if name not in declared:
         raise ValueError(f"variant {name!r} is not declared; known are {', '.join(declared)}")
-    entry = declared[name]
-    like = declared[entry["like"]]["config"] if "like" in entry else {}
-    return Variant(
-        name=name,
-        title=entry["title"],
-        overrides=merged(like, entry["config"]),
-        fork=entry.get("fork", False),
-        equal_wall_clock=entry.get("equal_wall_clock"),
-        stop_at_switch_of=entry.get("stop_at_switch_of"),
-        cooldown_epochs=entry.get("cooldown_epochs", 0),
-    )
+    entry = dict(declared[name])
+    like, overrides = entry.pop("like", None), entry.pop("config")
+    base = declared[like]["config"] if like is not None else {}
+    return Variant(name=name, overrides=merged(base, overrides), **entry)

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from experiments.collect import RESULTS, collect, collected, finished
-from experiments.declaration import ROOT, Dataset, Variant, load_grid
+from experiments.collect import RESULTS, collect, collected
+from experiments.declaration import ROOT, Dataset, Variant, add_choices, chosen
 from experiments.step_times import TIMED, measure
 from prelora.analysis.replay import replay
 from prelora.analysis.replay_log import load_log
@@ -24,23 +24,14 @@ from prelora.train.fork import fork
 def main() -> int:
     """Run the command line; returns the exit code of the first run that failed, or 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dataset", action="append", help="only this one (may be repeated; default: all)")
-    parser.add_argument("--variant", action="append", help="only this one (may be repeated; default: all)")
-    parser.add_argument("--seed", type=int, action="append", help="only this one (may be repeated; default: all)")
+    add_choices(parser)
     parser.add_argument("--list", action="store_true", help="print each run and how far it is, and train nothing")
     options = parser.parse_args()
-    for dataset in load_grid():
-        if options.dataset and dataset.name not in options.dataset:
-            continue
-        for variant in dataset.variants:
-            for seed in dataset.seeds:
-                wanted = (options.variant or [variant.name], options.seed or [seed])
-                if variant.name not in wanted[0] or seed not in wanted[1]:
-                    continue
-                if options.list:
-                    print(f"{dataset.name} {variant.name} seed {seed}: {_progress(dataset, variant, seed)}")
-                elif code := train(dataset, variant, seed):
-                    return code
+    for dataset, variant, seed in chosen(options):
+        if options.list:
+            print(f"{dataset.name} {variant.name} seed {seed}: {_progress(dataset, variant, seed)}")
+        elif code := train(dataset, variant, seed):
+            return code
     return 0
 
 
@@ -48,7 +39,7 @@ def train(dataset: Dataset, variant: Variant, seed: int) -> int:
     """Train a run to its end, from where it stands, measure its steps, collect it; returns the trainer's exit code."""
     folder = dataset.folder(variant, seed)
     config_file = folder / run_dir.CONFIG
-    if finished(folder) or not is_due(dataset, variant, seed):
+    if dataset.finished(variant, seed) or not is_due(dataset, variant, seed):
         return 0
     if not config_file.exists():
         config = _config(dataset, variant, seed)

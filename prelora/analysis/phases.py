@@ -11,7 +11,7 @@ from torch import nn
 from prelora import surgery
 from prelora.analysis.hollow import hollow_copy
 from prelora.analysis.plan import planned_execution
-from prelora.config import PreLoRAConfig
+from prelora.config import Execution, PreLoRAConfig
 from prelora.nn.deferred_grads import defer_lora_grads
 from prelora.targets import Target
 
@@ -54,15 +54,22 @@ def phase_models(
     Raises:
         ValueError: the plan and the targets name different layers.
     """
-    full = hollow_copy(model)
-    warmup = copy.deepcopy(full)
-    surgery.inject(warmup, targets, ranks, dropout=config.lora_dropout, execution=planned_execution(config))
+    return in_phases(hollow_copy(model), targets, ranks, config, planned_execution(config))
+
+
+def in_phases(
+    model: nn.Module, targets: Sequence[Target], ranks: Mapping[str, int], config: PreLoRAConfig, execution: Execution
+) -> dict[str, PhaseModel]:
+    """``model`` itself as it is in FULL, and copies of it as in WARMUP and LORA; otherwise as ``phase_models``."""
+    warmup = copy.deepcopy(model)
+    surgery.inject(warmup, targets, ranks, dropout=config.lora_dropout, execution=execution)
     deferred = defer_lora_grads(warmup)
     lora = copy.deepcopy(warmup)
-    surgery.freeze(lora, targets, config.freeze, train_lora_a=config.train_lora_a)
+    plain = {name for name, rank in ranks.items() if rank == 0}
+    surgery.freeze(lora, targets, config.freeze, train_lora_a=config.train_lora_a, without_lora=plain)
     defer_lora_grads(lora, False)
     return {
-        "full": PhaseModel(full, frozenset()),
+        "full": PhaseModel(model, frozenset()),
         "warmup": PhaseModel(warmup, frozenset(deferred)),
         "lora": PhaseModel(lora, frozenset()),
     }
