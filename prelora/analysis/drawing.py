@@ -10,7 +10,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
@@ -250,6 +251,17 @@ def mark_threshold(axes: Axes, threshold: float | None, sign: str) -> None:
         fontsize=8,
         color=INK,
     )
+
+
+def add_depth_bar(figure: Figure, norm: Normalize, axes: Any, *, aspect: float, shrink: float = 1.0) -> None:
+    """What the colours of ``DEPTHS`` mean, beside ``axes``, one or several: the layer."""
+    bar = figure.colorbar(ScalarMappable(norm, DEPTHS), ax=axes, aspect=aspect, pad=0.015, shrink=shrink)
+    bar.set_label("layer (first dashed, last thick)", fontsize=8.5, color=MUTED)
+    bar.ax.tick_params(labelsize=8, colors=MUTED, length=2)
+    bar.locator = MaxNLocator(integer=True, nbins=8)
+    if bar.solids is not None:
+        bar.solids.set(rasterized=False, edgecolor="face")
+    bar.outline.set_visible(False)
 
 
 def draw_rank_grid(

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -54,13 +53,7 @@ def norms_by_layer(run: Run) -> Figure:
         drawing.time_axes(axes, run, "Frobenius norm", group)
     for axes in grid.flat[len(groups) :]:
         axes.set_visible(False)
-    bar = figure.colorbar(ScalarMappable(norm, drawing.DEPTHS), ax=grid, aspect=40, pad=0.015, shrink=0.9)
-    bar.set_label("layer (first dashed, last thick)", fontsize=8.5, color=drawing.MUTED)
-    bar.ax.tick_params(labelsize=8, colors=drawing.MUTED, length=2)
-    bar.locator = drawing.MaxNLocator(integer=True, nbins=8)
-    if bar.solids is not None:
-        bar.solids.set(rasterized=False, edgecolor="face")
-    bar.outline.set_visible(False)
+    drawing.add_depth_bar(figure, norm, grid, aspect=40, shrink=0.9)
     return figure
 
 

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -66,13 +65,7 @@ def fig3(results: Results) -> Figure:
         if line.n > 1:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.14, linewidth=0)
     _epoch_axes(axes, "Frobenius norm of the query weight", "")
-    bar = figure.colorbar(ScalarMappable(shades, drawing.DEPTHS), ax=axes, aspect=24, pad=0.015)
-    bar.set_label("layer (first dashed, last thick)", fontsize=8.5, color=drawing.MUTED)
-    bar.ax.tick_params(labelsize=8, colors=drawing.MUTED, length=2)
-    bar.locator = MaxNLocator(integer=True, nbins=8)
-    if bar.solids is not None:
-        bar.solids.set(rasterized=False, edgecolor="face")
-    bar.outline.set_visible(False)
+    drawing.add_depth_bar(figure, shades, axes, aspect=24)
     say_below(figure, results, [BASELINE], "Full training")
     return figure
 
