@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 RUN ?= runs/digits
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/prelora train --recipe digits --output $(RUN) --resume auto
@@ -20,12 +20,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A page that warns fails; the tests build them, too.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # pip, and no build isolation: torch is some gigabytes, and once is enough. prelora._C is built against it.
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,peft,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,peft,wandb,mlflow,docs,dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info prelora/_C.* prelora/_C_build.txt
+	rm -rf $(VENV) runs site build dist *.egg-info prelora/_C.* prelora/_C_build.txt

@@ -35,7 +35,9 @@ def save_together(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any] 
     writes and hashes its own part, on a file system that all share. ``load_checkpoint`` reads both.
 
     Args:
-        tree, about: as in ``save_checkpoint``; the same on every rank, but for the parts.
+        path: as in ``save_checkpoint``.
+        tree: as there; the same on every rank, but for the parts.
+        about: as there; the same on every rank.
 
     Returns:
         The manifest, verified against what is on disk: by each rank for its own files.

@@ -62,6 +62,15 @@ def arm(names, point, count):
     setattr(owner, attribute, interrupted)
 
 
+def train_rank(environment, *arguments):
+    """As ``train``, in one of several ranks, which ``environment`` makes it."""
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    train(*arguments)
+
+
 def train(interruption, arguments, log=None):
     """The trainer's exit code becomes this process's; what it prints goes to ``log``."""
     if log is not None:

@@ -9,6 +9,7 @@ import sys
 
 import interrupt
 import torch
+import torch.distributed as dist
 from tiny_runs import MEASURED
 
 from prelora.checkpoint import checkpoints, load_checkpoint, newest_valid, read_manifest
@@ -38,6 +39,24 @@ def run(config, output, *interruption):
     print(log.read_text())  # pytest shows it with a failure
     assert child.exitcode is not None, "the run hangs"
     return child.exitcode
+
+
+def run_ranks(config, output, *interruption, ranks):
+    """Train on gloo ranks forked as in ``run``, with what torchrun would tell them; returns their exit codes."""
+    log = output.with_suffix(".log")
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # outlives them, as the agent's does
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    arguments = (interruption, prepare(config, output), str(log))
+    children = []
+    for rank in map(str, range(ranks)):
+        environment = common | {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(ranks)}
+        children.append(FORKSERVER.Process(target=interrupt.train_rank, args=(environment, *arguments)))
+        children[-1].start()
+    for child in children:
+        child.join(timeout=300)
+        child.kill()  # which is nothing to one that has ended
+    print(log.read_text())
+    return [child.exitcode for child in children]
 
 
 def launch(ranks, *options):

@@ -51,8 +51,19 @@ LAZY = (
     "matplotlib",
     "tyro",
     "torchvision",
+    "triton",
+    "lightning",
+    "accelerate",
+    "scipy",
+    "tensorboard",
+    "wandb",
+    "mlflow",
+    "torch._dynamo",
+    "torch._inductor",
+    "torch.distributed.fsdp",
+    "torch.testing",
 )
-"""What ``import prelora`` leaves alone."""
+"""What ``import prelora`` leaves alone, unless ``import torch`` has loaded it."""
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "prelora").rglob("*.py"))
@@ -181,14 +192,19 @@ def test_core_imports_no_optional_extra(file):
 
 
 @pytest.fixture(scope="module")
-def loaded_by_import_prelora():
-    return set(json.loads(run_from_root("import json, sys, prelora; print(json.dumps(list(sys.modules)))")))
+def loaded_beyond_torch():
+    code = "import json, sys, torch; own = set(sys.modules); import prelora; print(json.dumps([*{*sys.modules} - own]))"
+    return set(json.loads(run_from_root(code)))
 
 
 @pytest.mark.parametrize("module", LAZY)
-def test_import_prelora_does_not_load(module, loaded_by_import_prelora):
-    assert "prelora" in loaded_by_import_prelora
-    assert module not in loaded_by_import_prelora
+def test_import_prelora_does_not_load(module, loaded_beyond_torch):
+    assert "prelora" in loaded_beyond_torch
+    assert module not in loaded_beyond_torch
+
+
+def test_import_prelora_loads_nothing_foreign_beyond_torchs_own_import(loaded_beyond_torch):
+    assert set(map(top, loaded_beyond_torch)) <= CORE | sys.stdlib_module_names
 
 
 HUGGING_FACE = """

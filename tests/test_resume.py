@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 import pytest
-from launching import assert_equal, left, outcome, run, torchrun
+from launching import assert_equal, left, outcome, run, run_ranks, torchrun
 
 from prelora import PreLoRAConfig
 from prelora.checkpoint import newest_valid
@@ -170,18 +170,18 @@ ON_RANKS = dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, bat
 @pytest.fixture(scope="module")
 def uninterrupted_ranks(tmp_path_factory):
     output = tmp_path_factory.mktemp("ranks") / "run"
-    assert torchrun(ON_RANKS, output, ranks=RANKS) == 0
+    assert run_ranks(ON_RANKS, output, ranks=RANKS) == [0] * RANKS
     return outcome(output)
 
 
 def test_ranks_stopped_through_one_of_them_or_through_torchrun_go_on_bit_for_bit(uninterrupted_ranks, tmp_path):
     output = tmp_path / "run"
 
-    assert torchrun(ON_RANKS, output, "SIGTERM", "step", 10, ranks=RANKS) != 0
+    assert run_ranks(ON_RANKS, output, "SIGTERM", "step", 10, ranks=RANKS) == [STOPPED] * RANKS
     assert left(output) == "11 warmup"
     assert torchrun(ON_RANKS, output, "SIGTERM+torchrun:SIGTERM", "step", 8, ranks=RANKS) != 0
     assert left(output) == "20-evaluating lora"
-    assert torchrun(ON_RANKS, output, ranks=RANKS) == 0
+    assert run_ranks(ON_RANKS, output, ranks=RANKS) == [0] * RANKS
 
     assert_equal(outcome(output), uninterrupted_ranks)
 

@@ -1,4 +1,4 @@
-"""The trainer on several gloo ranks, started by torchrun: real images, sharding, another number of ranks, faults."""
+"""The trainer on several gloo ranks: real images, sharding, another number of ranks, faults."""
 
 import dataclasses
 import re
@@ -7,7 +7,7 @@ import time
 
 import pytest
 from clipart import make_clipart, needs_clipart
-from launching import ENVIRONMENT, assert_equal, launch, left, outcome, prepare, run, torchrun
+from launching import ENVIRONMENT, assert_equal, launch, left, outcome, prepare, run, run_ranks, torchrun
 from tiny_runs import PHASES, finished, metrics, tiny, train
 
 from prelora.exits import EXIT_CHECKPOINT, EXIT_DATA
@@ -41,7 +41,7 @@ def harm(file):
 def test_real_images_go_through_all_phases_on_two_ranks_killed_and_resumed_bit_for_bit(clipart, tmp_path):
     pytest.importorskip("nvidia.dali", reason="DALI is an extra: pip install 'prelora[dali-cu13]'")
     config = on_images(tmp_path / "whole", clipart, loader="dali")
-    assert torchrun(config, tmp_path / "whole", ranks=2) == 0
+    assert run_ranks(config, tmp_path / "whole", ranks=2) == [0, 0]
 
     # In the middle of an epoch; the restarted process counts anew and does not come to another twelfth step.
     kill = ("SIGKILL", "step", 12)
@@ -114,7 +114,7 @@ def test_a_sharded_run_stopped_in_the_warm_up_goes_on_on_one_rank_and_learns_wha
     config = tiny(tmp_path / "run", **DIGITS, distributed={"strategy": "fsdp"})
     alone = finished(tmp_path / "alone", **DIGITS | {"data": {"batch_size": 160}})
 
-    assert torchrun(config, tmp_path / "run", "SIGTERM", "step", 20, ranks=2) != 0
+    assert run_ranks(config, tmp_path / "run", "SIGTERM", "step", 20, ranks=2) == [STOPPED] * 2
     assert left(tmp_path / "run") == "21 warmup"
     assert run(split(config, batch_size=160), tmp_path / "run") == 0
 
@@ -133,7 +133,7 @@ def test_another_number_of_ranks_without_the_same_global_batch_is_refused_with_t
     config = tiny(tmp_path / "run", **DIGITS)
     assert run(split(config, batch_size=160), tmp_path / "run", "SIGTERM", "step", 2) == STOPPED
 
-    assert torchrun(config, tmp_path / "run", "SIGTERM", "step", 2, ranks=2) != 0
+    assert run_ranks(config, tmp_path / "run", "SIGTERM", "step", 2, ranks=2) == [STOPPED] * 2
     assert left(tmp_path / "run") == "6 full"
     assert run(config, tmp_path / "run") == EXIT_CHECKPOINT
 
@@ -143,7 +143,8 @@ def test_another_number_of_ranks_without_the_same_global_batch_is_refused_with_t
 def test_gradients_in_bf16_send_half_the_bytes_through_every_phase(tmp_path):
     config = tiny(tmp_path / "run", data={"batch_size": 80}, distributed={"compress": "bf16"})
 
-    assert torchrun(config, tmp_path / "run", ranks=2) == 0
+    assert run_ranks(config, tmp_path / "run", ranks=2) == [0, 0]
+    assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1  # rank 0's alone
 
     full, *_, lora = metrics(tmp_path / "run")
     assert full["communication"] == {"all_reduce": 2 * full["trainable"]}

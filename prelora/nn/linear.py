@@ -31,7 +31,11 @@ class LoRALinear(nn.Linear):
     B zero, so a new layer computes what its Linear does. The state dict of an ``nn.Linear`` loads unchanged.
 
     Args:
-        in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
+        in_features: features of x.
+        out_features: features of y.
+        bias: whether there is a b.
+        device: as in ``nn.Linear``.
+        dtype: as in ``nn.Linear``.
         rank: rank of every slice, or one for each.
         alpha: the scaling s is alpha / rank; None: alpha = rank, so s = 1.
         rows: rows of each slice, summing to ``out_features``; None: one slice.

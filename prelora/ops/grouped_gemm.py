@@ -33,7 +33,8 @@ def grouped_gemm(
         d: each group's D [m, n], all of one dtype; or empty: none. Not read where beta is 0.
         alpha: of each group.
         beta: of each group; empty where ``d`` is.
-        trans_a, trans_b: whether A, B is stored transposed, for each group.
+        trans_a: whether A is stored transposed, for each group.
+        trans_b: whether B is, for each group.
         dtype: of the results.
 
     Returns:

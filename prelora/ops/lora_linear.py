@@ -34,7 +34,10 @@ def lora_linear(
         w_eff: [out, in], in x's dtype, from ``lora_merge``; carries no gradient itself.
         weight: W, [out, in]; only receives its gradient.
         bias: [out] or None.
-        lora_a, lora_b, rows, ranks: as in ``split_lora``; the tensors only receive their gradients.
+        lora_a: every slice's A, [sum of ranks, in]; only receives its gradient.
+        lora_b: every slice's B, as in ``split_lora``; only receives its gradient.
+        rows: of each slice, n_i, summing to out.
+        ranks: of each slice, r_i.
         scaling: s_i = alpha / rank_i of each slice.
 
     Returns:

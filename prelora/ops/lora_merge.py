@@ -28,9 +28,12 @@ def lora_merge(
 
     Args:
         weights: each layer's W, [out, in].
-        lora_a, lora_b: each layer's A and B, as in ``split_lora``.
+        lora_a: each layer's A, as in ``split_lora``.
+        lora_b: each layer's B, as in ``split_lora``.
         slices: number of slices of each layer.
-        rows, ranks, scaling: of every slice, those of the first layer first.
+        rows: of every slice, those of the first layer first.
+        ranks: of every slice likewise.
+        scaling: of every slice likewise.
         dtype: of the result; to a 16-bit one a provider may round s·B·A as well, as a second path would.
 
     Returns:
@@ -58,7 +61,12 @@ def lora_merge_backward(
 
     Args:
         grads: the gradient of each layer's effective weight, which is that of its W, [out, in].
-        lora_a, lora_b, slices, rows, ranks, scaling: as in ``lora_merge``.
+        lora_a: as in ``lora_merge``, and so is all that follows.
+        lora_b: each layer's B.
+        slices: number of slices of each layer.
+        rows: of every slice.
+        ranks: of every slice.
+        scaling: of every slice.
 
     Returns:
         dA and dB of the first layer, of the second, …, shaped and of the dtype of what they are the gradient of;

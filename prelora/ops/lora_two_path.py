@@ -35,7 +35,10 @@ def lora_two_path(
         x: [*, in].
         weight: [out, in], in x's dtype.
         bias: [out] or None.
-        lora_a, lora_b, rows, ranks: as in ``split_lora``.
+        lora_a: every slice's A, [sum of ranks, in].
+        lora_b: every slice's B, as in ``split_lora``.
+        rows: of each slice, n_i, summing to out.
+        ranks: of each slice, r_i.
         scaling: s_i = alpha / rank_i of each slice.
         dropout: probability of dropping an element of x on the low-rank path.
         seed: one int64 element that fixes the mask (``keep_mask``); None without dropout.

@@ -26,7 +26,13 @@ def merged_norms(
     """Return ‖W_i + s_i · B_i · A_i‖ of each row slice i of every layer, or its square, summed in at least fp32.
 
     Args:
-        weights, lora_a, lora_b, slices, rows, ranks, scaling: as in ``lora_merge``, of one or more layers.
+        weights: W of one or more layers, as in ``lora_merge``, and so is what follows.
+        lora_a: each layer's A.
+        lora_b: each layer's B.
+        slices: number of slices of each layer.
+        rows: of every slice.
+        ranks: of every slice.
+        scaling: of every slice.
         squared: sums of squares, to be added up over shards before the root is taken.
 
     Returns:

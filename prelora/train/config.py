@@ -21,6 +21,8 @@ from prelora.data.source import LoaderName, SourceName
 from prelora.files import replace_text
 from prelora.precision import Precision
 
+LoggerName = Literal["tensorboard", "wandb", "mlflow"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -144,6 +146,8 @@ class TrainConfig:
     """Decay of the weights' exponential moving average (timm's ModelEmaV3); None: no average."""
     targets: Literal["family", "paper"] = "family"
     """Six module groups, or the paper's five."""
+    loggers: tuple[LoggerName, ...] = ("tensorboard",)
+    """Where metrics go beside metrics.jsonl; wandb and mlflow are set up by their own environment variables."""
     prelora: PreLoRAConfig = field(default_factory=PreLoRAConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -157,6 +161,8 @@ class TrainConfig:
                 value = operator.attrgetter(name)(self)
                 if value is not None and not (math.isfinite(value) and holds(value)):
                     raise ValueError(f"{name} = {value}: must be {accepted if math.isfinite(value) else 'finite'}")
+        if len(set(self.loggers)) < len(self.loggers):
+            raise ValueError(f"loggers = {' '.join(self.loggers)}: each at most once")
         if self.optim.warmup_epochs >= self.epochs:
             raise ValueError(f"optim.warmup_epochs = {self.optim.warmup_epochs}: must be below epochs = {self.epochs}")
         if self.optim.warmup_epochs + self.optim.cooldown_epochs > self.epochs:

@@ -99,24 +99,26 @@ class Trainer:
         log = None
         if self.main:
             save_yaml(self.config, self.config.output / run_dir.CONFIG)  # not before a resume has accepted it
-            run_dir.write_json(
-                self.config.output / run_dir.RUN, run_facts(self.config, self.parts, self.flops, self.peak)
-            )
-            log = run_dir.MetricsLog(self.config.output, self.progress.epoch - (self.progress.pending is not None))
+            facts = run_facts(self.config, self.parts, self.flops, self.peak)
+            run_dir.write_json(self.config.output / run_dir.RUN, facts)
+            written = self.progress.epoch - (self.progress.pending is not None)
+            log = run_dir.MetricsLog(self.config, facts, written)
         self.display = Display(self.config.epochs, self.parts.steps_per_epoch, enabled=self.main)
         self.display.start_run(self.parts.source.loader)
+        done = False
         try:
             while self.progress.epoch < self.config.epochs or self.progress.pending is not None:
                 if self.progress.pending is None:
                     self._train_epoch()
                 self._finish_epoch(log)
+            done = True
         except StopRequested:
             self._save()
             raise
         finally:
             self.display.close()
             if log is not None:
-                log.close()
+                log.close(done)
         self.display.end_run(self.pre.phase, self.config.method, self.config.output)
 
     def _train_epoch(self) -> None:

@@ -12,7 +12,7 @@ from prelora.train.config import TrainConfig, to_dict
 from prelora.train.rng import rng_state, seed_all, set_rng_state
 
 # What may differ between the run that wrote a checkpoint and the one that goes on from it.
-FREE = ("output", "resume", "checkpoint", "recipe", "eval_every", "distributed", "data.path", "data.workers")
+FREE = ("output", "resume", "checkpoint", "recipe", "eval_every", "distributed", "loggers", "data.path", "data.workers")
 # These may if the global batch stays what it was: the same samples then make up the same steps.
 SPLIT = ("data.batch_size", "optim.accumulate")
 

@@ -1,4 +1,4 @@
-"""A run's folder: config.yaml, run.json, metrics.jsonl, checkpoints/, tensorboard/; written by rank 0 alone."""
+"""A run's folder: config.yaml, run.json, metrics.jsonl, checkpoints/, what loggers write; by rank 0 alone."""
 
 from __future__ import annotations
 
@@ -8,29 +8,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from prelora.checkpoint import checkpoints, sweep
 from prelora.files import replace_text
 from prelora.train.config import TrainConfig
+from prelora.train.loggers import Mirrors, check_installed
 
-CONFIG, RUN, METRICS, CHECKPOINTS, TENSORBOARD = (
-    "config.yaml",
-    "run.json",
-    "metrics.jsonl",
-    "checkpoints",
-    "tensorboard",
-)
-RATES = ("img_per_s", "img_per_s_computing", "flop_per_s", "peak_share")
+CONFIG, RUN, METRICS, CHECKPOINTS = "config.yaml", "run.json", "metrics.jsonl", "checkpoints"
 
 
 def claim(config: TrainConfig) -> None:
     """Make the run's folder this run's own.
 
     Raises:
-        ValueError: it holds a run already and ``resume`` is ``"never"``.
+        ValueError: it holds a run already and ``resume`` is ``"never"``, or a logger's library is not installed.
         OSError: it cannot be written.
     """
+    check_installed(config.loggers)
     folder = config.output
     if config.resume == "never" and ((folder / METRICS).exists() or checkpoints(folder / CHECKPOINTS)):
         raise ValueError(f"output = {folder} already holds a run: give another, or --resume auto to go on with it")
@@ -44,44 +37,33 @@ def write_json(path: Path, value: Any) -> None:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one line an epoch, and TensorBoard beside it."""
+    """``metrics.jsonl``, one line an epoch, and the loggers that mirror it."""
 
-    def __init__(self, folder: Path, epochs: int) -> None:
-        """Args: folder: the run's; epochs: lines to keep of what stands there, the rest is of a lost future."""
-        self._path = folder / METRICS
+    def __init__(self, config: TrainConfig, facts: dict[str, Any], epochs: int) -> None:
+        """Open it.
+
+        Args:
+            config: the run's.
+            facts: ``run.json``'s.
+            epochs: lines to keep of what stands there, the rest is of a lost future.
+        """
+        self._path = config.output / METRICS
         lines = self._path.read_text().splitlines(keepends=True)[:epochs] if self._path.exists() else []
         replace_text(self._path, "".join(lines))
-        self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=epochs + 1)
+        self._mirrors = Mirrors(config, facts, [json.loads(line) for line in lines])
 
     def write(self, record: dict[str, Any]) -> None:
         """Append an epoch's record; it is on disk when this returns."""
+        record = _finite(record)
         with self._path.open("a") as file:
-            file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
+            file.write(json.dumps(record, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        epoch = record["epoch"]
-        scalars = {
-            "train/loss": record["loss"],
-            "train/lr": record["lr"],
-            **{f"train/{name}": record[name] for name in RATES},
-            **{f"step/{part}": seconds for part, seconds in record["parts"].items()},
-            **{f"communication/{kind}": size for kind, size in record["communication"].items()},
-            "train/trainable": record["trainable"],
-            "memory/peak_bytes": record["peak_memory_bytes"],
-            **{f"memory/{item}": size for item, size in record["memory"].items()},
-            **{f"eval/{name}": value for name, value in (record["eval"] or {}).items()},
-            **{f"eval_ema/{name}": value for name, value in (record["ema_eval"] or {}).items()},
-            **{f"norm/{target}": value for target, value in record["norms"].items()},
-            **{f"update/{target}": value for target, value in record["update"].items()},
-        }
-        for tag, value in scalars.items():
-            if value is not None:
-                self._board.add_scalar(tag, value, epoch)
-        self._board.flush()
+        self._mirrors.write(record)
 
-    def close(self) -> None:
-        """Flush and close TensorBoard's file."""
-        self._board.close()
+    def close(self, done: bool) -> None:
+        """Close the loggers; done: the run trained to its last epoch."""
+        self._mirrors.close(done)
 
 
 def _finite(value: Any) -> Any:
