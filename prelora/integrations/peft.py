@@ -48,6 +48,9 @@ class _Origin:
 class _TakenApart(nn.Module):
     """In place of a PeftModel's inside while its layers are ``LoRALinear``: nothing of PEFT's would find its layers."""
 
+    def __init__(self) -> None:
+        """Nothing is set up: nothing will be read."""
+
     def __getattribute__(self, name: str) -> Any:
         if name.startswith("__"):
             return super().__getattribute__(name)

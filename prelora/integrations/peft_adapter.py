@@ -126,7 +126,7 @@ def check_loaded(model: PeftModel, adapter: Adapter) -> None:
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if different := sorted(loaded.keys() ^ adapter.tensors.keys()):
         raise ValueError(f"PEFT's tensors are others than the adapter's: they differ in {', '.join(different[:4])}")
-    changed = next((name for name, tensor in adapter.tensors.items() if not torch.equal(loaded[name], tensor)), None)
+    changed = next((name for name, tensor in adapter.tensors.items() if not torch.equal(loaded[name].to(tensor), tensor)), None)
     if changed is not None:
         raise ValueError(f"PEFT loaded other numbers into {changed}")
 
