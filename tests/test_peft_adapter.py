@@ -1,7 +1,9 @@
 """LoRA as a PEFT adapter: block structure, exact paths, modules to save; what PEFT loads is what was meant."""
 
 import json
+import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,3 +309,17 @@ def test_what_peft_loads_otherwise_is_noticed(change, message, tmp_path):
 
     with pytest.raises(ValueError, match=message):
         check_loaded(peft_model, adapter)
+
+
+# The example.
+
+
+def test_the_example_runs_through_all_three_phases_and_back(tmp_path, capsys):
+    script = Path(__file__).parents[1] / "examples" / "peft_roundtrip.py"
+
+    runpy.run_path(str(script))["main"](tmp_path)
+
+    printed = capsys.readouterr().out.splitlines()
+    phases = [line.split()[2] for line in printed if line.startswith("epoch")]
+    assert phases == ["full,", "warmup,", "warmup,", "lora,", "lora,", "lora,"]
+    assert printed[-1] == f"saved by PEFT in {tmp_path}, and loaded: the same logits"
