@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -39,8 +39,8 @@ class _Origin:
 
     adapter: str
     layers: dict[str, PeftLinear]
-    shell: PeftModel | None = None
-    tuner: nn.Module | None = None
+    shell: tuple[PeftModel, nn.Module] | None = None
+    """The PeftModel around it, and what that had inside."""
     marks: dict[str, Any] = field(default_factory=dict)
     """By which PEFT and transformers know a model that carries adapters."""
 
@@ -96,7 +96,7 @@ def from_peft(model: nn.Module) -> nn.Module:
         if (reason := _refusal(layer, adapter)) is not None:
             raise ValueError(f"{path}: {reason}")
     # A layer that only another adapter has computes its base alone, and stays.
-    chosen = {path: layer for path, layer in layers.items() if adapter in layer.lora_A}
+    chosen = {p: layer for p, layer in layers.items() if isinstance(layer, PeftLinear) and adapter in layer.lora_A}
     _check_untied(base, list(chosen))
     origin = _Origin(adapter, chosen)
     for path, linear in {path: _lora_linear(layer, adapter) for path, layer in chosen.items()}.items():
@@ -105,7 +105,7 @@ def from_peft(model: nn.Module) -> nn.Module:
         if mark in vars(base):
             origin.marks[mark] = vars(base).pop(mark)
     if shell is not None:
-        origin.shell, origin.tuner = shell, shell.base_model
+        origin.shell = shell, shell.base_model
         shell.base_model = _TakenApart()
     setattr(base, ORIGIN, origin)
     group_merges(base)
@@ -149,20 +149,22 @@ def to_peft(model: nn.Module) -> nn.Module:
         setattr(model, mark, value)
     if origin.shell is None:
         return model
-    origin.shell.base_model = origin.tuner
-    return origin.shell
+    shell, inside = origin.shell
+    shell.base_model = inside
+    return shell
 
 
 def _lora_linear(layer: PeftLinear, adapter: str) -> LoRALinear:
     """A ``LoRALinear`` over the parameters of PEFT's layer, with its base's hooks."""
     linear = LoRALinear.from_linear(
-        layer.base_layer,
+        cast(nn.Linear, layer.base_layer),
         layer.r[adapter],
         alpha=layer.lora_alpha[adapter],
         dropout=getattr(layer.lora_dropout[adapter], "p", 0.0),
         device=torch.device("meta"),
     )
-    linear.lora_A, linear.lora_B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    linear.lora_A = cast(nn.Parameter, layer.lora_A[adapter].weight)
+    linear.lora_B = cast(nn.Parameter, layer.lora_B[adapter].weight)
     return linear.train(layer.training)
 
 
@@ -265,5 +267,5 @@ def _is_quantised(layer: LoraLayer, base: nn.Module) -> bool:
     return layer.quantization_backend is not None or not all(tensor.is_floating_point() for tensor in tensors)
 
 
-def _full_name(module: nn.Module) -> str:
+def _full_name(module: object) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"

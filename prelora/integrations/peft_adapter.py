@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +70,7 @@ def make_adapter(model: nn.Module, trained: Collection[str] | None = None) -> Ad
     if trained is None:
         trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = model.state_dict()
-    modules, base_only = modules_to_save(model, set(trained))
+    modules, base_only = modules_to_save(model, trained)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers.items():
         tensors[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A.detach()
@@ -126,12 +126,12 @@ def check_loaded(model: PeftModel, adapter: Adapter) -> None:
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if different := sorted(loaded.keys() ^ adapter.tensors.keys()):
         raise ValueError(f"PEFT's tensors are others than the adapter's: they differ in {', '.join(different[:4])}")
-    changed = next((name for name, tensor in adapter.tensors.items() if not torch.equal(loaded[name].to(tensor), tensor)), None)
-    if changed is not None:
-        raise ValueError(f"PEFT loaded other numbers into {changed}")
+    for name, tensor in adapter.tensors.items():
+        if not torch.equal(loaded[name].to(tensor), tensor):
+            raise ValueError(f"PEFT loaded other numbers into {name}")
 
 
-def modules_to_save(model: nn.Module, trained: Set[str]) -> tuple[list[str], tuple[str, ...]]:
+def modules_to_save(model: nn.Module, trained: Collection[str]) -> tuple[list[str], tuple[str, ...]]:
     """The modules that hold what trained beside LoRA, and the names of the parameters that no such module can hold.
 
     PEFT saves, and trains on, whole modules: one is listed if all of it trained and LoRA is not in it. It finds them
@@ -149,7 +149,7 @@ def modules_to_save(model: nn.Module, trained: Set[str]) -> tuple[list[str], tup
     whole = {
         path
         for path in owners
-        if trained.issuperset(_under(path, names))
+        if set(trained).issuperset(_under(path, names))
         and not _under(path, lora)
         and not isinstance(
             model.get_submodule(path), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -182,7 +182,7 @@ def _config(layers: Mapping[str, LoRALinear], modules: list[str], dropout: float
     largest = max(ranks, key=lambda path: ranks[path])
     return LoraConfig(
         r=ranks[largest],
-        lora_alpha=alphas[largest],
+        lora_alpha=alphas[largest],  # type: ignore[arg-type]  # PEFT only ever divides it
         lora_dropout=dropout,
         target_modules="|".join(map(re.escape, layers)),
         rank_pattern={f"^{re.escape(path)}": rank for path, rank in ranks.items()},
