@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models import hf_vit, images, labels, logits, tiny_vit
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.lora.layer import Linear as PeftLinear
+from peft.tuners.lora.layer import LoraVariant
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -318,6 +319,16 @@ def convolution():
     return with_lora(target_modules=["qkv", "patch_embed.proj"])
 
 
+class TomorrowVariant(LoraVariant):
+    """One that PEFT does not have yet."""
+
+
+def of_tomorrow():
+    peft_model = with_lora()
+    peft_model.get_base_model().blocks[1].mlp.fc1.lora_variant["default"] = TomorrowVariant()
+    return peft_model
+
+
 def scaled():
     peft_model = with_lora()
     peft_model.get_base_model().blocks[1].mlp.fc1.set_scale("default", 3)
@@ -370,7 +381,7 @@ def injected_ia3():
 
 REFUSED = {
     "DoRA": (lambda: with_lora(use_dora=True), r"DoRA is more than .*: fold it .* with merge_and_unload\(\)"),
-    "MiCA": (lambda: with_lora(init_lora_weights="mica"), r"MiCALinearVariant is more than .*train it as plain LoRA"),
+    "a new variant": (of_tomorrow, r"blocks.1.mlp.fc1: TomorrowVariant is more than .*train it as plain LoRA"),
     "rsLoRA": (lambda: with_lora(use_rslora=True), r"rsLoRA scales by alpha/√rank.*use_rslora=False and alpha 12 "),
     "set_scale": (scaled, r"blocks.1.mlp.fc1: its scaling is 5, not alpha/rank = 1.66667: undo .*give it alpha 15 "),
     "lora_bias": (lambda: with_lora(lora_bias=True), r"a bias of its own: .*, or train with lora_bias=False"),
@@ -441,12 +452,17 @@ def change_rank(model):
     model.blocks[0].mlp.fc1 = LoRALinear(64, 256, rank=7)
 
 
+def change_scaling(model):
+    model.blocks[0].mlp.fc1 = LoRALinear(64, 256, rank=3, alpha=6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (merge_a_layer, r"blocks.0.mlp.fc1 is merged: call its unmerge\(\) first"),
         (make_plain, r"LoRA layers came or went since from_peft: blocks.0.mlp.fc1"),
-        (change_rank, r"blocks.0.mlp.fc1 has rank 7, PEFT's 3"),
+        (change_rank, r"blocks.0.mlp.fc1 has ranks \(7,\) and scalings .*, PEFT's layer \(3,\) and"),
+        (change_scaling, r"blocks.0.mlp.fc1 has ranks \(3,\) and scalings \(2.0,\), PEFT's layer .*: put a layer"),
     ],
 )
 def test_layers_that_are_not_peft_s_any_more_are_refused(change, message):

@@ -139,8 +139,13 @@ def to_peft(model: nn.Module) -> nn.Module:
     for path, layer in here.items():
         if layer.merged:
             raise ValueError(f"{path} is merged: call its unmerge() first")
-        if layer.lora_A.shape[0] != origin.layers[path].r[origin.adapter]:
-            raise ValueError(f"{path} has rank {layer.lora_A.shape[0]}, PEFT's {origin.layers[path].r[origin.adapter]}")
+        theirs = origin.layers[path]
+        rank, scaling = (theirs.r[origin.adapter],), (theirs.scaling[origin.adapter],)
+        if (layer.rank, layer.scaling) != (rank, scaling):
+            raise ValueError(
+                f"{path} has ranks {layer.rank} and scalings {layer.scaling}, PEFT's layer {rank} and {scaling}: "
+                f"put a layer of the same back, or write this one with save_adapter"
+            )
     for path, layer in here.items():
         model.set_submodule(path, _peft_linear(layer, origin.layers[path], origin.adapter))
     ungroup_merges(model)
@@ -264,7 +269,8 @@ def _adapter_refusal(layer: PeftLinear, adapter: str) -> str | None:
 def _is_quantised(layer: LoraLayer, base: nn.Module) -> bool:
     """Whether the base keeps integers, or PEFT knows a backend that turns its weight into numbers."""
     tensors = [*base.parameters(recurse=False), *base.buffers(recurse=False)]
-    return layer.quantization_backend is not None or not all(tensor.is_floating_point() for tensor in tensors)
+    backend = getattr(layer, "quantization_backend", None)  # PEFT has it from 0.20 on
+    return backend is not None or not all(tensor.is_floating_point() for tensor in tensors)
 
 
 def _full_name(module: object) -> str:
