@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _fail_without(module: ModuleNotFoundError) -> int:
     if (module.name or "").startswith("prelora"):
         raise module
-    return fail(f"{module}: pip install 'prelora[train,transformers]' brings what the commands use", EXIT_BAD_INPUT)
+    return fail(
+        f"{module}: pip install 'prelora[train,transformers,peft]' brings what the commands use", EXIT_BAD_INPUT
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,11 +59,19 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write a run's model for the stock library",
-        description="Merge LoRA into the weights and write the state dict of the stock timm or transformers model.",
+        description="Write what a run trained for the stock timm or transformers model: the state dict with LoRA "
+        "merged into the weights, or an adapter for PEFT beside its base. Either is loaded and compared first.",
     )
     export.add_argument("run", type=Path, help="the run's folder")
-    export.add_argument("--to", choices=["merged"], default="merged", help="merged: W + s·B·A, no adapters (default)")
-    export.add_argument("--out", type=Path, help="the file (default: RUN/export/merged.safetensors)")
+    export.add_argument(
+        "--to",
+        choices=["merged", "peft"],
+        default="merged",
+        help="merged: W + s·B·A in one file, no adapters (default); peft: a folder for PeftModel.from_pretrained",
+    )
+    export.add_argument(
+        "--out", type=Path, help="the file or folder (default: RUN/export/merged.safetensors, RUN/export/peft)"
+    )
     which = export.add_mutually_exclusive_group()
     which.add_argument("--checkpoint", type=Path, help="a checkpoint's folder (default: the newest intact one)")
     which.add_argument("--best", action="store_true", help="the checkpoint with the best top-1")
@@ -116,13 +126,22 @@ def _replay(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     from prelora.train.display import plain_warnings
-    from prelora.train.export import export_merged
 
+    which = {"checkpoint": options.checkpoint, "use_best": options.best, "ema": options.ema}
     with plain_warnings():
-        path, difference = export_merged(
-            options.run, options.out, checkpoint=options.checkpoint, use_best=options.best, ema=options.ema
-        )
-    print(f"{path}: loads strict=True into the stock model; its logits differ by {difference:.1e} of their scale")
+        if options.to == "peft":
+            from prelora.train.export_peft import export_peft
+
+            path, difference, adapter = export_peft(options.run, options.out, **which)
+            how = f"PEFT loads {len(adapter.ranks)} adapted layers onto base.safetensors in the stock model"
+        else:
+            from prelora.train.export_merged import export_merged
+
+            path, difference = export_merged(options.run, options.out, **which)
+            how = "loads strict=True into the stock model"
+    print(f"{path}: {how}; its logits differ by {difference:.1e} of their scale")
+    if options.to == "peft" and adapter.base_only:
+        print(f"in base.safetensors alone, for PEFT has no place for them: {', '.join(adapter.base_only)}")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""Write a file whole or not at all."""
+"""Write a file, or a folder of files, whole or not at all."""
 
 import contextlib
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 
@@ -18,6 +19,37 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
+    """A new folder that takes ``path``'s place when the block ends; after an error what was there is as it was.
+
+    Args:
+        names: the files that such a folder holds: one that holds any other is not replaced.
+
+    Raises:
+        FileExistsError: ``path`` is a file, or a folder with other files in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file: give a folder")
+    if path.exists() and (others := sorted({file.name for file in path.iterdir()} - set(names))):
+        raise FileExistsError(f"{path} holds other files, as {others[0]}: give another folder, it would be replaced")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, old = (path.with_name(f"{path.name}.{kind}-{uuid.uuid4().hex}") for kind in ("part", "old"))
+    try:
+        part.mkdir()
+        yield part
+        if path.exists():
+            path.rename(old)
+        part.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def replace_text(path: Path, text: str) -> None:

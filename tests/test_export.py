@@ -20,7 +20,8 @@ from prelora.cli import EXIT_BAD_INPUT, EXIT_CHECKPOINT, main
 from prelora.controller import logits
 from prelora.targets import Target
 from prelora.train import export
-from prelora.train.export import export_merged
+from prelora.train import export_merged as merged_form
+from prelora.train.export_merged import export_merged
 from prelora.train.model import build_model
 
 EPOCHS = {"full": 1, "warmup": 3, "lora": 6}
@@ -266,7 +267,7 @@ def test_a_full_disk_exits_with_2_and_leaves_what_was_there(write, former, run, 
     if former is not None:
         out.parent.mkdir()
         out.write_bytes(former)
-    monkeypatch.setattr(export, "save_file", write)
+    monkeypatch.setattr(merged_form, "save_file", write)
 
     assert main(["export", str(run), "--out", str(out)]) == EXIT_BAD_INPUT
 
@@ -276,7 +277,7 @@ def test_a_full_disk_exits_with_2_and_leaves_what_was_there(write, former, run, 
 
 @pytest.mark.parametrize("difference", [2e-4, math.nan])
 def test_a_model_whose_logits_differ_is_not_left_behind(difference, run, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "_difference", lambda *_: difference)
+    monkeypatch.setattr(export, "logit_difference", lambda *_: difference)
 
     assert main(["export", str(run), "--out", str(tmp_path / "m.safetensors")]) == EXIT_BAD_INPUT
 

@@ -12,7 +12,7 @@ from prelora.analysis.replay_command import main as replay_command
 from prelora.analysis.report import write_report
 from prelora.analysis.summary import released_memory, speed_ups
 from prelora.checkpoint import checkpoints, load_checkpoint
-from prelora.train.export import export_merged
+from prelora.train.export_merged import export_merged
 
 PASSES = {"q": 2, "k": 3, "v": 2, "attn_out": 2, "mlp_in": 4, "mlp_out": 4}
 SETTINGS = {"switch": "per_group", "tau": 1.0, "warmup_epochs": 1}
