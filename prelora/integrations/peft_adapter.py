@@ -96,7 +96,8 @@ def save_adapter(
     ``model`` does.
 
     Args:
-        model, trained: as for ``make_adapter``.
+        model: as for ``make_adapter``.
+        trained: as for ``make_adapter``.
         folder: made if it is not there; files of these three names are overwritten.
         metadata: for the header of ``base.safetensors``.
 

@@ -21,7 +21,7 @@ def export_merged(
     held against the run's on random images, before it takes its place.
 
     Args:
-        run, checkpoint, use_best, ema: as for ``load_trained``.
+        run: as for ``load_trained``, like ``checkpoint``, ``use_best`` and ``ema``.
         out: the file; None: ``<run>/export/merged.safetensors`` (``merged_ema`` for the average).
 
     Returns:

@@ -25,7 +25,7 @@ def export_peft(
     before the folder takes its place. Modules that kept training at the checkpoint are PEFT's ``modules_to_save``.
 
     Args:
-        run, checkpoint, use_best, ema: as for ``load_trained``.
+        run: as for ``load_trained``, like ``checkpoint``, ``use_best`` and ``ema``.
         out: the folder; None: ``<run>/export/peft`` (``peft_ema`` for the average). An earlier export there is
             replaced, any other folder is not.
 
