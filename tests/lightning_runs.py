@@ -16,8 +16,9 @@ from timm.utils.model_ema import ModelEmaV3
 from prelora import distributed
 from prelora.integrations.lightning import PreLoRACallback
 
-BATCHES, EPOCHS = 3, 6
-"""FULL for three epochs, WARMUP for one, LORA for two."""
+BATCHES, EPOCHS = 3, 5
+PHASES = ["full", "warmup", "lora", "lora", "lora"]
+"""At each epoch's end: FULL for two epochs, WARMUP for one, LORA for two."""
 
 # Of Lightning, about loaders without workers, short epochs, folders that are there and the like.
 warnings.filterwarnings("ignore", module="lightning")
@@ -30,7 +31,7 @@ class Module(LightningModule):
     def __init__(self, seed=0):
         super().__init__()
         self.model = tiny_vit(seed, depth=2, embed_dim=32)
-        self.average = ModelEmaV3(self.model, decay=0.9)
+        self.average = ModelEmaV3(self.model, decay=0.9).requires_grad_(False)
         self.scale = torch.nn.Parameter(torch.ones(10))
 
     def forward(self, x):
@@ -112,7 +113,7 @@ def saving(folder, kind):
 
 def fit(folder=None, kinds=(), ckpt_path=None, module=None, fields=None, callbacks=(), options=None):
     """A run to its end; the module, our callback and every epoch's event."""
-    module = module or Module()
+    module = Module() if module is None else module
     ours = PreLoRACallback(config(**fields or {}), ema="average" if hasattr(module, "average") else None)
     events = Events(ours)
     run = trainer([ours, events, *callbacks, *(saving(folder, kind) for kind in kinds)], **options or {})
@@ -120,12 +121,12 @@ def fit(folder=None, kinds=(), ckpt_path=None, module=None, fields=None, callbac
     return module, ours, events.seen
 
 
-def outcome(ours):
-    """Everything that a run leaves: PreLoRA's state holds weights, average, moments, scheduler and history."""
+def outcome(module, ours):
+    """Everything that a run leaves: PreLoRA's state holds the ViT, its average, moments, scheduler and history."""
     state = ours.pre.state_dict()
     # torch's load_state_dict of an optimizer gives a group's options another order.
     groups = [dict(sorted(group.items())) for group in state["optimizer"]["groups"]]
-    return state | {"optimizer": state["optimizer"] | {"groups": groups}}
+    return state | {"optimizer": state["optimizer"] | {"groups": groups}, "module": module.state_dict()}
 
 
 def on_ranks():
