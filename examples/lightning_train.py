@@ -1,8 +1,8 @@
 """Lightning with ``PreLoRACallback``, a tiny timm ViT on scikit-learn's digits.
 
-    python examples/lightning_train.py --output runs/lightning
-    python examples/lightning_train.py --output runs/lightning --devices 2
-    python examples/lightning_train.py --output runs/lightning --resume runs/lightning/last.ckpt
+python examples/lightning_train.py --output runs/lightning
+python examples/lightning_train.py --output runs/lightning --devices 2
+python examples/lightning_train.py --output runs/lightning --resume runs/lightning/last.ckpt
 """
 
 import argparse
@@ -74,7 +74,9 @@ def main():
 
     seed_everything(0, verbose=False)
     train, held_out = digits()
-    prelora = PreLoRACallback(PreLoRAConfig(k=2, m=1, tau=2.0, zeta=50.0, r_min=2, r_max=8, warmup_epochs=2, deadline=4))
+    prelora = PreLoRACallback(
+        PreLoRAConfig(k=2, m=1, tau=2.0, zeta=50.0, r_min=2, r_max=8, warmup_epochs=2, deadline=4)
+    )
     trainer = Trainer(
         max_epochs=args.epochs,
         accelerator="cpu",

@@ -1,8 +1,8 @@
 """A loop in the style of timm's train.py, on scikit-learn's digits; each line that PreLoRA adds ends in ``# PreLoRA``.
 
-    python examples/timm_train.py --output runs/timm
-    torchrun --nproc-per-node=2 examples/timm_train.py --output runs/timm
-    python examples/timm_train.py --output runs/timm --resume runs/timm/last.pth.tar
+python examples/timm_train.py --output runs/timm
+torchrun --nproc-per-node=2 examples/timm_train.py --output runs/timm
+python examples/timm_train.py --output runs/timm --resume runs/timm/last.pth.tar
 """
 
 import argparse
@@ -54,7 +54,7 @@ class Merged:  # PreLoRA
 def main(argv=None):
     args = parser.parse_args(argv)
     device = utils.init_distributed_device(args)
-    utils.random_seed(args.seed, args.rank)
+    utils.random_seed(args.seed)
     pixels, classes = load_digits(return_X_y=True)
     images = torch.from_numpy(pixels).float().view(-1, 1, 8, 8).div(8).sub(1).repeat_interleave(2, 2)
     images, labels = images.repeat_interleave(2, 3).to(device), torch.from_numpy(classes).to(device)
@@ -74,7 +74,9 @@ def main(argv=None):
     mixup_fn = Mixup(mixup_alpha=args.mixup, num_classes=MODEL["num_classes"])
     loss_fn = SoftTargetCrossEntropy()
     loss_scaler = utils.NativeScaler(device=device.type)
-    config = prelora.PreLoRAConfig(k=2, m=1, tau=2.0, zeta=50.0, r_min=2, r_max=8, warmup_epochs=2, deadline=4)  # PreLoRA
+    config = prelora.PreLoRAConfig(
+        k=2, m=1, tau=2.0, zeta=50.0, r_min=2, r_max=8, warmup_epochs=2, deadline=4
+    )  # PreLoRA
     pre = prelora.PreLoRA(  # PreLoRA
         model, optimizer, config, scheduler=lr_scheduler, ema=model_ema, total_steps=updates_per_epoch * num_epochs
     )  # PreLoRA

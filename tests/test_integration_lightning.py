@@ -1,6 +1,5 @@
 """PreLoRA under Lightning: three phases, checkpoints that resume bit for bit, DDP, and what is refused."""
 
-import contextlib
 import csv
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import torch
 
 pytest.importorskip("lightning")
 
-import torch.nn.functional as F
 from launching import ENVIRONMENT, assert_equal
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
@@ -21,13 +19,13 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning_runs import BATCHES, PHASES, Batches, Module, fit, on_ranks, outcome, trainer
-from models import config, images
+from models import images
 from torch import nn
 from two_ranks import running
 
-from prelora import CheckpointError, OptimizerError, PreLoRAConfig, TargetError, distributed, surgery
+from prelora import CheckpointError, OptimizerError, TargetError, distributed, surgery
 from prelora.integrations.lightning import KEY, PreLoRACallback
 from prelora.nn import LoRALinear
 from prelora.targets import from_dicts
@@ -35,9 +33,9 @@ from prelora.targets import from_dicts
 EXAMPLE = Path(__file__).parents[1] / "examples" / "lightning_train.py"
 KINDS = ("batch", "validation", "epoch")
 RESUMED = [
-    *[("batch", step) for step in (2, 3, 5, 8, 9, 11, 15)],  # within an epoch of each phase, and after a last batch
-    *[("validation", step) for step in (3, 6, 9)],
-    *[("epoch", step) for step in (3, 6, 9, 12)],
+    *[("batch", step) for step in (2, 6, 8, 11, 15)],  # within an epoch of each phase, and after a last batch
+    *[("validation", step) for step in (6, 9)],  # before the switch and before the freeze that the epoch ends in
+    *[("epoch", step) for step in (3, 6, 9)],
 ]
 
 
@@ -181,19 +179,11 @@ class Silent(Manual):
         super().training_step(batch, batch_idx)
 
 
-def compiled():
-    module = Recording()
-    module.model = torch.compile(module.model, backend="eager")
-    return module
-
-
 WAYS = {
     "accumulated, clipped, bf16": (
         Recording, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-mixed"}
     ),
     "manual": (Manual, {}),
-    "compiled ViT": (compiled, {}),
-    "compiled module": (lambda: torch.compile(Recording(), backend="eager"), {}),
 }  # fmt: skip
 
 
@@ -204,7 +194,7 @@ def test_each_way_of_training_takes_all_phases_on_the_loss_of_training_step(way)
     module, ours, events = fit(module=build(), options=options)
 
     assert [event.phase for event in events] == PHASES
-    losses = torch.tensor(getattr(module, "_orig_mod", module).losses, dtype=torch.float64).view(-1, BATCHES)
+    losses = torch.tensor(module.losses, dtype=torch.float64).view(-1, BATCHES)
     assert [event.loss for event in events] == pytest.approx(losses.mean(dim=1).tolist(), rel=1e-6)
     assert any((layer.lora_B != 0).any() for layer in ours.pre.base_model.modules() if isinstance(layer, LoRALinear))
 
@@ -213,6 +203,28 @@ def test_an_epoch_cut_short_is_not_ended():
     _, ours, _ = fit(options={"max_steps": BATCHES + 1})
 
     assert (ours.pre.epoch, ours.pre.step) == (1, BATCHES + 1)
+
+
+class Failing(Module):
+    """Breaks down in the second step of WARMUP."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == 7:
+            raise ArithmeticError
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_exceptions_checkpoint_holds_the_learning_rates_without_loras_ramp(tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="failed", save_top_k=0, save_on_exception=True)
+
+    with pytest.raises(ArithmeticError):
+        fit(module=Failing(), callbacks=[saver], options={"max_epochs": 1000})
+
+    saved = read(tmp_path / "failed.ckpt")
+    assert saved[KEY]["state"]["ramps"]["group0/lora"]["length"] > 2
+    assert [group["lr"] for group in saved["optimizer_states"][0]["param_groups"]] == saved["lr_schedulers"][0][
+        "_last_lr"
+    ]
 
 
 def test_loggers_get_phase_share_loss_and_norms(tmp_path):
@@ -264,16 +276,41 @@ def test_ranks_hold_the_same_bits_after_all_phases(whole_on_ranks, whole):
     assert first[2] != distributed.fingerprint(whole[1])  # of a run on one rank: they did reduce
 
 
-@pytest.mark.parametrize(
-    "name", ["batch-2", "batch-5", "batch-9", "batch-11", "validation-6", "validation-9", "epoch-3", "epoch-12"]
-)
+@pytest.mark.parametrize("name", ["batch-5", "batch-8", "batch-9", "batch-13", "validation-9", "epoch-3"])
 def test_a_resumed_run_on_ranks_equals_the_uninterrupted_one(ranks, whole_on_ranks, name):
     folder, _ = whole_on_ranks
 
     ranks(resume_on_ranks, folder / f"{name}.ckpt")
 
 
+# The example.
+
+
+def test_the_example_runs_on_two_ranks(tmp_path):
+    command = [sys.executable, str(EXAMPLE), "--output", str(tmp_path), "--devices", "2", "--epochs", "7"]
+
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    phases = [line.split()[2] for line in lines if line.startswith("epoch")]
+    assert list(dict.fromkeys(phases)) == ["full", "warmup", "lora"]
+    assert "in a stock vit_tiny_patch16_224: logits differ by" in lines[-1]
+    assert read(tmp_path / "last.ckpt")[KEY]["state"]["phase"] == "lora"
+
+
 # What is refused.
+
+
+def fit_static_graph():
+    options = on_ranks()
+    options["strategy"]._ddp_kwargs["static_graph"] = True
+    with pytest.raises(TypeError, match=r"under manual optimization: leave static_graph out"):
+        fit(module=Manual(), options=options)
+
+
+def test_a_static_graph_under_manual_optimization_is_refused(ranks):
+    ranks(fit_static_graph)
 
 
 def two_optimizers(module):
@@ -354,7 +391,7 @@ def convolutional():
     ("build", "error", "message"),
     [
         (tied, TargetError, r"shares a parameter with others .*; untie it first"),
-        (without_vit, AttributeError, r"name it by PreLoRACallback\(model=\.\.\.\); its modules: vit"),
+        (without_vit, AttributeError, r"give PreLoRACallback\(model=\.\.\.\); its modules: vit"),
         (convolutional, TargetError, r"no targets are known for torch\.nn\.modules\.container\.Sequential"),
         (Silent, RuntimeError, r"Silent\.training_step returned no loss"),
     ],
@@ -367,7 +404,7 @@ def test_modules_that_cannot_be_switched_are_refused(build, error, message):
 def test_a_module_that_carries_lora_is_refused(whole):
     _, module, _, _ = whole
 
-    with pytest.raises(RuntimeError, match=r"from an earlier fit: build it anew, and pass ckpt_path= to go on"):
+    with pytest.raises(RuntimeError, match=r"from an earlier fit: build it anew; to go on, pass ckpt_path="):
         fit(module=module)
 
 

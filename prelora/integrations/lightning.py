@@ -1,4 +1,4 @@
-"""``PreLoRACallback``: PreLoRA inside Lightning's ``Trainer.fit``, alone or under DDP, with its checkpoints and resume."""
+"""``PreLoRACallback``: PreLoRA inside Lightning's ``Trainer.fit``, with its checkpoints, under DDP too."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from prelora.targets import Layout, Target
 KEY = "prelora"
 """Of the checkpoint's entry that holds PreLoRA's state, and of what is logged."""
 PHASES = ("full", "warmup", "lora")
-AVERAGES = "keeps a copy of the model that the switch does not reach: hold timm's ModelEmaV3 in the module, and pass ema="
+AVERAGES = (
+    "keeps a copy of the model that the switch does not reach: hold timm's ModelEmaV3 in the module, and pass ema="
+)
 SEARCHES = "trains inside of fit: run it with a Trainer of its own, without PreLoRACallback"
 REFUSED_CALLBACKS = {
     "BaseFinetuning": "freezes and unfreezes by itself: PreLoRACallback decides what trains",
@@ -51,7 +53,7 @@ class PreLoRACallback(Callback):
         targets, seed: as in ``PreLoRA``.
 
     ``fit`` raises before it trains:
-        TypeError: a strategy, a precision or another callback that the switch cannot go through.
+        TypeError: a strategy, its options, a precision or another callback that the switch cannot go through.
         OptimizerError: more than one optimizer or scheduler, or one that cannot be rebuilt.
         TargetError, AttributeError: no ViT there, or one whose layers cannot carry LoRA, as tied ones.
         CheckpointError: ``ckpt_path`` was saved without PreLoRACallback, or with another config or model.
@@ -107,9 +109,9 @@ class PreLoRACallback(Callback):
         model = _member(pl_module, "model", self.model)
         if any(isinstance(module, LoRALinear) for module in model.modules()):
             raise RuntimeError(
-                f"{type(pl_module).__name__} carries LoRA from an earlier fit: build it anew, and pass ckpt_path= to go on"
+                f"{type(pl_module).__name__} carries LoRA from an earlier fit: build it anew; to go on, pass ckpt_path="
             )
-        distributed.unwrap(trainer.strategy.model or pl_module)
+        _check_wrapper(trainer.strategy.model or pl_module, pl_module)
         optimizer, scheduler = _only_optimizer(trainer)
         self.pre = PreLoRA(
             model,
@@ -152,7 +154,9 @@ class PreLoRACallback(Callback):
         if loss is None:
             if pl_module.automatic_optimization:
                 return  # a step that training_step skipped
-            raise RuntimeError(f"{type(pl_module).__name__}.training_step returned no loss: PreLoRACallback reads it there")
+            raise RuntimeError(
+                f"{type(pl_module).__name__}.training_step returned no loss: PreLoRACallback reads it there"
+            )
         if pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # which Lightning has divided it by
         self._loss = self._loss + loss.detach().double()
@@ -177,6 +181,11 @@ class PreLoRACallback(Callback):
                 "epoch": distributed.gather_json([float(self._loss), self._batches]),
                 "epoch_complete": self._batches > 0 and trainer.is_last_batch,
             }
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take LoRA's ramp off the learning rates, for a checkpoint that is saved now: a step may be under way."""
+        if self.pre is not None:
+            self.pre._ramp.after(self.pre.optimizer)
 
     @property
     def _started(self) -> PreLoRA:
@@ -215,6 +224,13 @@ def _check_trainer(trainer: Trainer) -> None:
                 raise TypeError(f"{type(callback).__name__} beside PreLoRACallback {REFUSED_CALLBACKS[cls.__name__]}")
 
 
+def _check_wrapper(model: nn.Module, pl_module: LightningModule) -> None:
+    distributed.unwrap(model)
+    if getattr(model, "static_graph", False) and not pl_module.automatic_optimization:
+        # Lightning starts the first reduction of a static graph by hand, once: the second DDP's would not come.
+        raise TypeError("PreLoRACallback with static_graph=True under manual optimization: leave static_graph out")
+
+
 def _only_optimizer(trainer: Trainer) -> tuple[Any, Any]:
     """The optimizer, and its scheduler or None."""
     optimizers, schedulers = trainer.optimizers, [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -233,7 +249,7 @@ def _member(pl_module: LightningModule, argument: str, member: str | Callable[[L
     except AttributeError:
         names = ", ".join(name for name, _ in pl_module.named_children()) or "none"
         raise AttributeError(
-            f"{type(pl_module).__name__} has no {member!r}: name it by PreLoRACallback({argument}=...); its modules: {names}"
+            f"{type(pl_module).__name__} has no {member!r}: give PreLoRACallback({argument}=...); its modules: {names}"
         ) from None
 
 
