@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning_runs import BATCHES, PHASES, Batches, Module, fit, on_ranks, outcome, trainer
 from models import images
@@ -179,19 +180,26 @@ class Silent(Manual):
         super().training_step(batch, batch_idx)
 
 
+def fp16():
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    return {"plugins": [MixedPrecision("16-mixed", "cpu", scaler)], "gradient_clip_val": 1.0}
+
+
 WAYS = {
     "accumulated, clipped, bf16": (
-        Recording, {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-mixed"}
+        Recording,
+        lambda: {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "precision": "bf16-mixed"},
     ),
-    "manual": (Manual, {}),
-}  # fmt: skip
+    "fp16 with a scaler": (Recording, fp16),
+    "manual": (Manual, dict),
+}
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_of_training_takes_all_phases_on_the_loss_of_training_step(way):
     build, options = WAYS[way]
 
-    module, ours, events = fit(module=build(), options=options)
+    module, ours, events = fit(module=build(), options=options())
 
     assert [event.phase for event in events] == PHASES
     losses = torch.tensor(module.losses, dtype=torch.float64).view(-1, BATCHES)

@@ -14,7 +14,7 @@ import pytest
 
 # A module imports from its own row and from the rows below it, never from one above. "__init__" is `import prelora`.
 LAYERS = (
-    ("cli", "train", "analysis", "info"),
+    ("cli", "train", "integrations", "analysis", "info"),
     ("__init__",),
     ("controller",),
     ("state", "events", "sharded_checkpoint"),
@@ -39,7 +39,7 @@ PURE = {
 
 CORE = {"torch", "numpy", "safetensors", "prelora"}
 """Top-level packages that all of prelora may import, beside the standard library."""
-WITH_EXTRAS = ("prelora/train/", "prelora/data/", "prelora/analysis/")
+WITH_EXTRAS = ("prelora/train/", "prelora/data/", "prelora/analysis/", "prelora/integrations/")
 """Only these import optional extras: timm, transformers, scikit-learn, tyro, matplotlib and their like."""
 LAZY = (
     "prelora.kernels",
@@ -47,6 +47,7 @@ LAZY = (
     "timm",
     "transformers",
     "peft",
+    "lightning",
     "sklearn",
     "matplotlib",
     "tyro",
