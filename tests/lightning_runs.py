@@ -53,6 +53,33 @@ class Module(LightningModule):
         self.average.update(self.model)
 
 
+class Recording(Module):
+    """Keeps what training_step returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.losses = []
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.losses.append(loss.item())
+        return {"loss": loss}
+
+
+class Manual(Recording):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        found = super().training_step(batch, batch_idx)
+        self.optimizers().zero_grad()
+        self.manual_backward(found["loss"])
+        self.optimizers().step()
+        self.lr_schedulers().step()
+        return found
+
+
 class Batches:
     """A loader that goes on where it was, each rank with batches of its own; Lightning tells its sampler the epoch."""
 
@@ -129,9 +156,33 @@ def outcome(module, ours):
     return state | {"optimizer": state["optimizer"] | {"groups": groups}, "module": module.state_dict()}
 
 
-def on_ranks():
-    """Options of a Trainer for a process that is one of several in a process group already."""
+def plain(tree):
+    """Tensors as nested lists of their exact values."""
+    if isinstance(tree, torch.Tensor):
+        return tree.tolist()
+    if isinstance(tree, dict):
+        return {key: plain(value) for key, value in tree.items()}
+    return [plain(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
+
+
+# On ranks that are a process group already.
+
+
+def on_ranks(**strategy):
     here, world = distributed.rank(), distributed.world_size()
     os.environ |= {"RANK": str(here), "LOCAL_RANK": str(here), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-    strategy = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo")
-    return {"strategy": strategy, "devices": world, "use_distributed_sampler": False}
+    ddp = DDPStrategy(cluster_environment=TorchElasticEnvironment(), process_group_backend="gloo", **strategy)
+    return {"strategy": ddp, "devices": world, "use_distributed_sampler": False}
+
+
+def fit_on_ranks(folder, kinds, ckpt_path=None):
+    module, ours, _ = fit(folder, kinds, ckpt_path=ckpt_path, options=on_ranks())
+    return plain(outcome(module, ours))
+
+
+def refusal_of_static_graph():
+    try:
+        fit(module=Manual(), options=on_ranks(static_graph=True))
+    except TypeError as error:
+        return str(error)
+    return None

@@ -21,12 +21,25 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning_runs import BATCHES, PHASES, Batches, Module, fit, on_ranks, outcome, trainer
+from lightning_runs import (
+    BATCHES,
+    PHASES,
+    Batches,
+    Manual,
+    Module,
+    Recording,
+    fit,
+    fit_on_ranks,
+    outcome,
+    plain,
+    refusal_of_static_graph,
+    trainer,
+)
 from models import images
 from torch import nn
 from two_ranks import running
 
-from prelora import CheckpointError, OptimizerError, TargetError, distributed, surgery
+from prelora import CheckpointError, OptimizerError, TargetError, surgery
 from prelora.integrations.lightning import KEY, PreLoRACallback
 from prelora.nn import LoRALinear
 from prelora.targets import from_dicts
@@ -148,33 +161,6 @@ def test_an_earlier_checkpoint_can_be_evaluated_after_fit(whole):
 # Ways to train.
 
 
-class Recording(Module):
-    """Keeps what training_step returned."""
-
-    def __init__(self):
-        super().__init__()
-        self.losses = []
-
-    def training_step(self, batch, batch_idx):
-        loss = super().training_step(batch, batch_idx)
-        self.losses.append(loss.item())
-        return {"loss": loss}
-
-
-class Manual(Recording):
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def training_step(self, batch, batch_idx):
-        found = super().training_step(batch, batch_idx)
-        self.optimizers().zero_grad()
-        self.manual_backward(found["loss"])
-        self.optimizers().step()
-        self.lr_schedulers().step()
-        return found
-
-
 class Silent(Manual):
     def training_step(self, batch, batch_idx):
         super().training_step(batch, batch_idx)
@@ -256,39 +242,25 @@ def ranks(tmp_path_factory):
         yield started
 
 
-WHOLE = {}
-
-
-def fit_on_ranks(folder):
-    module, ours, events = fit(folder, KINDS, options=on_ranks())
-    WHOLE["outcome"] = outcome(module, ours)
-    return [event.phase for event in events], ours.pre.ranks, distributed.fingerprint(module)
-
-
-def resume_on_ranks(path):
-    module, ours, _ = fit(ckpt_path=path, options=on_ranks())
-    assert_equal(outcome(module, ours), WHOLE["outcome"])
-
-
 @pytest.fixture(scope="module")
 def whole_on_ranks(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    return folder, ranks(fit_on_ranks, folder)
+    return folder, ranks(fit_on_ranks, folder, KINDS)
 
 
 def test_ranks_hold_the_same_bits_after_all_phases(whole_on_ranks, whole):
     _, (first, second) = whole_on_ranks
 
     assert first == second
-    assert first[0] == PHASES
-    assert first[2] != distributed.fingerprint(whole[1])  # of a run on one rank: they did reduce
+    assert first["phase"] == "lora"
+    assert first["model"] != plain(outcome(*whole[1:3]))["model"]  # of one rank alone: they did reduce
 
 
 @pytest.mark.parametrize("name", ["batch-5", "batch-8", "batch-9", "batch-13", "validation-9", "epoch-3"])
 def test_a_resumed_run_on_ranks_equals_the_uninterrupted_one(ranks, whole_on_ranks, name):
-    folder, _ = whole_on_ranks
+    folder, whole = whole_on_ranks
 
-    ranks(resume_on_ranks, folder / f"{name}.ckpt")
+    assert ranks(fit_on_ranks, None, (), folder / f"{name}.ckpt") == whole
 
 
 # The example.
@@ -310,15 +282,10 @@ def test_the_example_runs_on_two_ranks(tmp_path):
 # What is refused.
 
 
-def fit_static_graph():
-    options = on_ranks()
-    options["strategy"]._ddp_kwargs["static_graph"] = True
-    with pytest.raises(TypeError, match=r"under manual optimization: leave static_graph out"):
-        fit(module=Manual(), options=options)
-
-
 def test_a_static_graph_under_manual_optimization_is_refused(ranks):
-    ranks(fit_static_graph)
+    message = "PreLoRACallback with static_graph=True under manual optimization: leave static_graph out"
+
+    assert ranks(refusal_of_static_graph) == [message] * 2
 
 
 def two_optimizers(module):
