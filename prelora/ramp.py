@@ -57,6 +57,8 @@ class LoRARamp:
                 group["lr"] = group["lr"] * factor
 
     def after(self, optimizer: Optimizer) -> None:
-        """Give the groups their own learning rate back."""
-        for group, lr in zip(optimizer.param_groups, self._saved, strict=True):
-            group["lr"] = lr
+        """Give the groups their own learning rate back; outside of a step there is nothing to give."""
+        if self._saved:
+            for group, lr in zip(optimizer.param_groups, self._saved, strict=True):
+                group["lr"] = lr
+        self._saved = []

@@ -47,6 +47,7 @@ LAZY = (
     "timm",
     "transformers",
     "peft",
+    "lightning",
     "sklearn",
     "matplotlib",
     "tyro",
