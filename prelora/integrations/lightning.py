@@ -50,7 +50,8 @@ class PreLoRACallback(Callback):
         model: the attribute of the LightningModule that holds the ViT, as ``"model"`` or ``"net.vit"``, or a function
             that takes the LightningModule and returns it; compiled or not.
         ema: likewise, an average of the ViT (timm's ``ModelEmaV3``) to be carried along; None: there is none.
-        targets, seed: as in ``PreLoRA``.
+        targets: as in ``PreLoRA``.
+        seed: as in ``PreLoRA``.
 
     ``fit`` raises before it trains:
         TypeError: a strategy, its options, a precision or another callback that the switch cannot go through.
