@@ -342,6 +342,13 @@ def two_active():
     return peft_model
 
 
+def none_active():
+    peft_model = with_lora(modules_to_save=None)
+    for layer in layers_of(peft_model, PeftLinear).values():
+        layer._active_adapter = "other"
+    return peft_model
+
+
 def merged():
     peft_model = with_lora()
     peft_model.merge_adapter()
@@ -390,6 +397,7 @@ REFUSED = {
     "subclass": (of_a_subclass, r"on .*DoubledLinear: accepted is lora.Linear on torch.nn.Linear; leave it out"),
     "convolution": (convolution, r"patch_embed.proj: .*lora.*Conv2d on .*Conv2d: accepted is lora.Linear"),
     "two active": (two_active, r"active adapters \['default', 'other'\]: .*set_adapter with one of them, or"),
+    "none active": (none_active, r"no layer has the active adapter 'other': call set_adapter with one that has LoRA"),
     "merged": (merged, r"default is merged: call unmerge_adapter\(\) first"),
     "disabled": (disabled, r"its adapters are disabled: call enable_adapter_layers\(\) first"),
     "tied": (tied, r"blocks.1.mlp.fc1 shares a parameter \(.*blocks.2.mlp.fc1.*\): untie it, or leave it out"),

@@ -247,11 +247,11 @@ def test_modules_whose_names_end_alike_are_saved_if_all_of_them_trained():
     assert base_only == ()
 
 
-def test_a_module_that_would_hide_lora_from_peft_is_left_to_the_base():
-    model = nested("teacher.aab")
-    model.aab = nn.Linear(8, 8)
+def test_a_module_whose_name_as_a_pattern_would_hide_lora_from_peft_is_left_to_the_base():
+    trained = {"teacher.a+b.weight", "teacher.a+b.bias"}
 
-    assert modules_to_save(model, {"aab.weight", "aab.bias"}) == ([], ("aab.weight", "aab.bias"))
+    assert modules_to_save(nested("teacher.aab"), trained) == ([], ("teacher.a+b.weight", "teacher.a+b.bias"))
+    assert modules_to_save(nested("teacher.fc"), trained) == (["teacher.a+b"], ())
 
 
 # What is refused.

@@ -97,9 +97,12 @@ def from_peft(model: nn.Module) -> nn.Module:
             raise ValueError(f"{path}: {reason}")
     # A layer that only another adapter has computes its base alone, and stays.
     chosen = {p: layer for p, layer in layers.items() if isinstance(layer, PeftLinear) and adapter in layer.lora_A}
+    if not chosen:
+        raise ValueError(f"no layer has the active adapter {adapter!r}: call set_adapter with one that has LoRA layers")
     _check_untied(base, list(chosen))
     origin = _Origin(adapter, chosen)
-    for path, linear in {path: _lora_linear(layer, adapter) for path, layer in chosen.items()}.items():
+    ours = {path: _lora_linear(layer, adapter) for path, layer in chosen.items()}  # all, before any takes its place
+    for path, linear in ours.items():
         base.set_submodule(path, linear)
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         if mark in vars(base):
