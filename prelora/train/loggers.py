@@ -12,7 +12,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import yaml
@@ -243,4 +243,9 @@ def _mlflow_key(tag: str) -> str:
     return re.sub(r"\[(.*?)\]", r"/\1", tag)
 
 
-LOGGERS = {"tensorboard": TensorBoard, "wandb": WandB, "mlflow": MLflow}
+LOGGERS: dict[LoggerName, Callable[[TrainConfig, str | None, int], Logger]] = {
+    "tensorboard": TensorBoard,
+    "wandb": WandB,
+    "mlflow": MLflow,
+}
+"""Each is given the config, its id of the run (None: a new one), and how many epochs it holds."""
