@@ -1,0 +1,1 @@
+"""PreLoRA inside other trainers; each module imports its own library, and ``import prelora`` none of them."""
