@@ -102,6 +102,10 @@ class PreLoRATrainer(Trainer):
                 "new model (resume_from_checkpoint goes on from a checkpoint), or give model_init instead of model"
             )
         self.pre, self._resumed_from, self.events = None, None, []
+        if getattr(self.model, "_is_accelerate_prepared", False):
+            # An evaluation prepared it, without DDP, and a second prepare() would do nothing.
+            self.model_wrapped = self.model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            del self.model._is_accelerate_prepared
         if resume_from_checkpoint is True:
             resume_from_checkpoint = _newest_intact(Path(self.args.output_dir)) or True
         return super().train(resume_from_checkpoint, *others, **named)
@@ -152,6 +156,8 @@ class PreLoRATrainer(Trainer):
         self.lr_scheduler = self.callback_handler.lr_scheduler = self.pre.scheduler
 
     def _run_epoch(self, **named: Any) -> None:
+        # By itself accelerate would not reach the sampler of a loader that skips batches, on several ranks.
+        named["train_dataloader"].set_epoch(named["epoch"])
         # The loop's own variable still names the DDP that a switch, or a resume, has replaced.
         super()._run_epoch(**named | {"model": self.model_wrapped})
 
