@@ -24,7 +24,7 @@ lint: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,peft,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,accelerate,peft,dev]"
 	touch $@
 
 clean:

@@ -1,8 +1,8 @@
 """A tiny ViT on scikit-learn's digits, through all three phases, by transformers' Trainer.
 
-    python examples/transformers_train.py
-    torchrun --nproc-per-node=2 examples/transformers_train.py
-    python examples/transformers_train.py --resume          # from the newest intact checkpoint
+python examples/transformers_train.py
+torchrun --nproc-per-node=2 examples/transformers_train.py
+python examples/transformers_train.py --resume          # from the newest intact checkpoint
 """
 
 import argparse
@@ -15,7 +15,7 @@ from transformers import AutoModelForImageClassification, TrainingArguments, ViT
 from prelora import PreLoRAConfig
 from prelora.integrations.transformers import PreLoRATrainer
 
-EVAL_SAMPLES = 256
+TRAIN_SAMPLES = 1024
 
 
 def digits():
@@ -23,7 +23,7 @@ def digits():
     pixels, labels = load_digits(return_X_y=True)
     images = F.interpolate(torch.from_numpy(pixels).float().reshape(-1, 1, 8, 8) / 8 - 1, size=16)
     samples = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)]
-    return samples[EVAL_SAMPLES:], samples[:EVAL_SAMPLES]
+    return samples[:TRAIN_SAMPLES], samples[TRAIN_SAMPLES:]
 
 
 def accuracy(prediction):
@@ -38,10 +38,11 @@ def main():
 
     args = TrainingArguments(
         output_dir=options.output,
-        num_train_epochs=6,
+        num_train_epochs=5,
         per_device_train_batch_size=32,
+        per_device_eval_batch_size=256,
         gradient_accumulation_steps=2,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         lr_scheduler_type="cosine",
         warmup_steps=10,
         weight_decay=0.05,
@@ -59,9 +60,9 @@ def main():
         ViTForImageClassification(
             ViTConfig(
                 hidden_size=32,
-                num_hidden_layers=3,
+                num_hidden_layers=2,
                 num_attention_heads=2,
-                intermediate_size=128,
+                intermediate_size=64,
                 image_size=16,
                 patch_size=4,
                 num_channels=1,

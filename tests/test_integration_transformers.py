@@ -1,8 +1,9 @@
 """transformers' Trainer through all three phases: resumed bit for bit, on ranks, rotated, a stock folder at the end."""
 
+import dataclasses
 import hashlib
-import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -22,15 +23,7 @@ from transformers import (
 )
 from two_ranks import running
 
-from prelora import (
-    CheckpointError,
-    OptimizerError,
-    PreLoRAConfig,
-    PreLoRAWarning,
-    TargetError,
-    distributed,
-    surgery,
-)
+from prelora import CheckpointError, OptimizerError, PreLoRAConfig, PreLoRAWarning, TargetError, distributed, surgery
 from prelora.checkpoint import load_checkpoint
 from prelora.integrations.transformers import PreLoRATrainer
 from prelora.nn import LoRALinear
@@ -38,20 +31,20 @@ from prelora.targets import find_targets
 
 torch.set_num_threads(1)
 
-EPOCHS, STEPS = 5, 4
+EPOCHS, STEPS = 4, 4
 """Steps an epoch: 32 images in micro-batches of 4, two of them a step."""
-PHASES = ["full", "warmup", "lora", "lora", "lora"]
+PHASES = ["full", "warmup", "lora", "lora"]
 """After each epoch; thresholds that always pass."""
 CONFIG = PreLoRAConfig(k=2, m=1, tau=1e6, zeta=1e6, r_min=2, r_max=8, warmup_epochs=1, lora_lr_mult=2.0)
 NEVER = PreLoRAConfig(tau=1e-9)
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "transformers_train.py"
 
 
-def vit(dropout=0.1, cls=ViTForImageClassification):
-    """A ViT of 2 blocks, 32 wide, on grey 16×16 images; the same every time."""
+def vit(cls=ViTForImageClassification):
+    """A ViT of 2 blocks, 32 wide, on grey 16×16 images, with dropout; the same every time."""
     config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=8,
-        num_channels=1, num_labels=10, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
+        patch_size=8, num_channels=1, num_labels=10, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -75,7 +68,7 @@ def arguments(output, **changes):
 
 def build(output, model=None, config=CONFIG, callbacks=None, optimizers=(None, None), targets=None, **changes):
     return PreLoRATrainer(
-        model or vit(),
+        vit() if model is None else model,
         arguments(output, **changes),
         train_dataset=images(),
         eval_dataset=images(8),
@@ -86,8 +79,8 @@ def build(output, model=None, config=CONFIG, callbacks=None, optimizers=(None, N
     )
 
 
-def trained(output, resume=None, **changes):
-    trainer = build(output, **changes)
+def trained(output, model=None, resume=None, **changes):
+    trainer = build(output, model, **changes)
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
@@ -110,13 +103,44 @@ def logged(trainer):
     ]
 
 
+class Spy(TrainerCallback):
+    """What a user's callback is handed at each step's and each epoch's end."""
+
+    def __init__(self):
+        self.trainer = None
+        self.layers, self.rates, self.current, self.optimizers = [], [], [], []
+
+    def on_step_end(self, args, state, control, model, optimizer, **_):
+        self.layers.append(sum(isinstance(module, LoRALinear) for module in model.modules()))
+        self.rates.append({group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group})
+
+    def on_epoch_end(self, args, state, control, model, optimizer, lr_scheduler, **_):
+        pre = self.trainer.pre
+        held = (pre.base_model, pre.optimizer, pre.scheduler)
+        self.current.append([a is b for a, b in zip((model, optimizer.optimizer, lr_scheduler), held, strict=True)])
+        self.optimizers.append(optimizer.optimizer)
+
+
 SAVING = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def spy():
+    return Spy()
+
+
+@pytest.fixture(scope="module")
+def whole(spy, tmp_path_factory):
     """An uninterrupted run with a checkpoint every second step: in the middle and at the end of every epoch."""
-    return trained(tmp_path_factory.mktemp("whole"), **SAVING)
+    spy.trainer = build(tmp_path_factory.mktemp("whole"), callbacks=[spy], **SAVING)
+    spy.trainer.train()
+    return spy.trainer
+
+
+@pytest.fixture(scope="module")
+def never(tmp_path_factory):
+    """A run that does not switch."""
+    return trained(tmp_path_factory.mktemp("never"), config=NEVER)
 
 
 @pytest.fixture
@@ -142,7 +166,7 @@ def test_every_epochs_end_is_logged_as_numbers(whole):
     lines = [line for line in whole.state.log_history if "prelora_phase" in line]
     ranks = whole.pre.ranks.values()
 
-    assert [(line["epoch"], line["prelora_phase"]) for line in lines] == [(1, 0), (2, 1), (3, 2), (4, 2), (5, 2)]
+    assert [(line["epoch"], line["prelora_phase"]) for line in lines] == [(1, 0), (2, 1), (3, 2), (4, 2)]
     assert [line["prelora_trainable_share"] for line in lines] == [event.trainable_share for event in whole.events]
     assert "prelora_rank_mean" not in lines[0]
     assert lines[1]["prelora_rank_mean"] == pytest.approx(sum(ranks) / len(ranks))
@@ -160,77 +184,46 @@ def test_a_frozen_weight_stays_bit_identical(whole, folder):
 # Steps 2, 4: FULL, within an epoch and at its end. 8: switched there. 10: WARMUP. 12: frozen there. 14: LORA.
 @pytest.mark.parametrize("step", [2, 4, 8, 10, 12, 14])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(step, whole, folder, tmp_path):
-    resumed = trained(tmp_path, str(folder / f"checkpoint-{step}"), **SAVING | {"save_strategy": "no"})
+    resumed = trained(tmp_path, resume=str(folder / f"checkpoint-{step}"), **SAVING | {"save_strategy": "no"})
 
     assert resumed.events == whole.events[step // STEPS :]
     assert bits(resumed.pre.state_dict()) == bits(whole.pre.state_dict())
     assert logged(resumed) == logged(whole)
 
 
-class Spy(TrainerCallback):
-    """What a user's callback is handed at each step's and each epoch's end."""
-
-    def __init__(self):
-        self.steps, self.epochs = [], []
-
-    def on_step_end(self, args, state, control, model, optimizer, lr_scheduler, **_):
-        lrs = {group["name"]: group["lr"] for group in optimizer.param_groups if "name" in group}
-        self.steps.append((sum(isinstance(m, LoRALinear) for m in model.modules()), lrs))
-
-    def on_epoch_end(self, args, state, control, model, optimizer, lr_scheduler, **_):
-        self.epochs.append((model, optimizer.optimizer, lr_scheduler))
+def test_callbacks_see_what_is_current(whole, spy):
+    assert spy.current == [[True, True, True]] * EPOCHS
+    assert len(set(map(id, spy.optimizers))) == 3
+    assert spy.layers == [0] * 7 + [12] * 9  # at the last step of epoch 2 already
 
 
-def test_callbacks_see_what_is_current(tmp_path):
-    spy = Spy()
-    trainer = build(tmp_path, callbacks=[spy])
-    handed = []
-    end_epoch = trainer._end_epoch
+def test_the_schedule_goes_on_and_loras_rate_is_its_multiple(whole, spy, never):
+    rates = [line["learning_rate"] for line in never.state.log_history if "learning_rate" in line]
 
-    def end_epoch_and_note():
-        end_epoch()
-        handed.append((trainer.pre.base_model, trainer.pre.optimizer, trainer.pre.scheduler))
+    switched = spy.rates[8:-1]
 
-    trainer._end_epoch = end_epoch_and_note
-    trainer.train()
-
-    assert [tuple(map(id, seen)) for seen in spy.epochs] == [tuple(map(id, held)) for held in handed]
-    assert len({id(optimizer) for _, optimizer, _ in spy.epochs}) == 3
-    layers = [count for count, _ in spy.steps]
-    assert layers == [0] * 7 + [12] * 13  # at the last step of epoch 2 already
+    assert [lrs["group1"] for lrs in switched] == pytest.approx(rates[9:])
+    assert [lrs["group0/lora"] for lrs in switched] == pytest.approx([2 * rate for rate in rates[9:]])
 
 
-def test_the_schedule_goes_on_and_loras_rate_is_its_multiple(tmp_path):
-    spy = Spy()
-    trained(tmp_path / "switched", callbacks=[spy])
-    stock = trained(tmp_path / "stock", config=NEVER)
-
-    rates = [line["learning_rate"] for line in stock.state.log_history if "learning_rate" in line]
-    for (_, lrs), rate in zip(spy.steps[8:-1], rates[9:], strict=True):
-        assert lrs["group0/lora"] == pytest.approx(2 * rate)
-        assert lrs["group1"] == pytest.approx(rate)
-
-
-def test_until_it_switches_it_is_the_stock_trainer(tmp_path):
-    ours = trained(tmp_path / "ours", config=NEVER)
-    stock = Trainer(vit(), arguments(tmp_path / "stock"), train_dataset=images(), eval_dataset=images(8))
+def test_until_it_switches_it_is_the_stock_trainer(never, tmp_path):
+    stock = Trainer(vit(), arguments(tmp_path), train_dataset=images(), eval_dataset=images(8))
     stock.train()
 
-    assert bits(dict(ours.model.state_dict())) == bits(dict(stock.model.state_dict()))
-    assert [line for line in logged(ours) if "loss" in line] == logged(stock)
+    assert bits(dict(never.model.state_dict())) == bits(dict(stock.model.state_dict()))
+    assert [line for line in logged(never) if "loss" in line] == logged(stock)
 
 
 # Settings that change what is wrapped, stepped or scheduled.
 
 SETTINGS = {
     "bf16": {"bf16": True},
-    "compiled": {"torch_compile": True, "torch_compile_backend": "eager"},
     "plateau, sgd": {
         "lr_scheduler_type": "reduce_lr_on_plateau", "optim": "sgd", "learning_rate": 0.1, "warmup_steps": 0,
         "eval_strategy": "epoch", "metric_for_best_model": "loss", "lr_scheduler_kwargs": {"patience": 0},
     },
     "adafactor, activation checkpointing": {"optim": "adafactor", "activation_checkpointing": True},
-    "adagrad, cut off within an epoch": {"optim": "adagrad", "max_steps": 18},
+    "adagrad, cut off within an epoch": {"optim": "adagrad", "max_steps": 14},
 }  # fmt: skip
 
 
@@ -239,10 +232,18 @@ def test_other_settings_take_all_phases_and_resume_bit_for_bit(setting, tmp_path
     changes = SETTINGS[setting] | {"save_strategy": "steps", "save_steps": 10}
     run = trained(tmp_path / "run", **changes)
 
-    resumed = trained(tmp_path / "resumed", str(tmp_path / "run" / "checkpoint-10"), **SETTINGS[setting])
+    resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "run" / "checkpoint-10"), **SETTINGS[setting])
 
     assert [event.phase for event in run.events] == PHASES[: run.state.global_step // STEPS]
     assert bits(resumed.pre.state_dict()) == bits(run.pre.state_dict())
+
+
+def test_a_compiled_model_takes_all_phases(tmp_path):
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "per_device_train_batch_size": 16}
+    run = trained(tmp_path, num_train_epochs=3, **settings)
+
+    assert [event.phase for event in run.events] == PHASES[:3]
+    assert run.model_wrapped._orig_mod is run.model
 
 
 def test_an_epoch_that_a_callback_ends_early_is_one(tmp_path):
@@ -257,9 +258,8 @@ def test_an_epoch_that_a_callback_ends_early_is_one(tmp_path):
 
 
 def test_model_init_trains_anew(tmp_path):
-    trainer = PreLoRATrainer(
-        args=arguments(tmp_path, num_train_epochs=2), train_dataset=images(), prelora_config=CONFIG, model_init=vit
-    )
+    args = arguments(tmp_path, num_train_epochs=2)
+    trainer = PreLoRATrainer(args=args, train_dataset=images(), prelora_config=CONFIG, model_init=lambda: vit())
     trainer.train()
     once = trainer.pre.state_dict()
     trainer.train()
@@ -316,8 +316,8 @@ def test_old_checkpoints_go_and_the_best_is_loaded_at_the_end(only_model, tmp_pa
     best = Path(run.state.best_model_checkpoint)
     evaluated = {line["step"]: line["eval_loss"] for line in run.state.log_history if "eval_loss" in line}
 
-    assert {path.name for path in tmp_path.iterdir()} == {best.name, "checkpoint-20"}
-    assert best.name != "checkpoint-20"
+    assert {path.name for path in tmp_path.iterdir()} == {best.name, "checkpoint-16"}
+    assert best.name != "checkpoint-16"
     assert bits(dict(run.model.state_dict())) == bits(dict(loaded(best).state_dict()))
     assert run.evaluate()["eval_loss"] == pytest.approx(min(evaluated.values()), rel=1e-4)
 
@@ -334,8 +334,8 @@ def test_a_folder_used_again_holds_the_newer_runs_state(tmp_path):
 
 @pytest.fixture
 def copied(folder, tmp_path):
-    """The newest two checkpoints of the whole run, in a folder of their own."""
-    for step in (14, 16):
+    """Two checkpoints of the whole run, in a folder of their own."""
+    for step in (10, 12):
         shutil.copytree(folder / f"checkpoint-{step}", tmp_path / "run" / f"checkpoint-{step}")
     return tmp_path / "run"
 
@@ -354,50 +354,58 @@ DAMAGES = {
 }
 
 
+class OneStep(TrainerCallback):
+    def on_step_end(self, args, state, control, **_):
+        control.should_training_stop = True
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_newest_gives_way_to_the_one_before_and_says_so(damage, copied, whole):
+def test_a_damaged_newest_gives_way_to_the_one_before_and_says_so(damage, copied):
     harm, message = DAMAGES[damage]
-    harm(copied / "checkpoint-16")
+    harm(copied / "checkpoint-12")
 
-    with pytest.warns(PreLoRAWarning, match=f"passed over .* for .*checkpoint-14: checkpoint-16: .*{message}"):
-        resumed = trained(copied, True)
+    with pytest.warns(PreLoRAWarning, match=f"passed over .* for .*checkpoint-10: checkpoint-12: .*{message}"):
+        resumed = trained(copied, resume=True, callbacks=[OneStep()])
 
-    assert resumed.events == whole.events[3:]
+    assert resumed.state.global_step == resumed.pre.step == 11
+
+
+def test_an_intact_newest_is_taken_without_a_word(copied):
+    resumed = trained(copied, resume=True, callbacks=[OneStep()])
+
+    assert resumed.state.global_step == resumed.pre.step == 13
 
 
 def test_without_an_intact_one_nothing_is_resumed(copied):
     for path in copied.iterdir():
         flip(path / "prelora" / "optimizer.safetensors")
 
-    with pytest.raises(CheckpointError, match=r"no intact checkpoint under .*checkpoint-16: .*checkpoint-14: "):
-        trained(copied, True)
+    with pytest.raises(CheckpointError, match=r"no intact checkpoint under .*checkpoint-12: .*checkpoint-10: "):
+        trained(copied, resume=True)
 
 
 def test_without_any_the_trainer_says_so(tmp_path):
     with pytest.raises(ValueError, match="No valid checkpoint found"):
-        trained(tmp_path, True)
+        trained(tmp_path, resume=True)
 
 
 def test_a_damaged_one_named_is_refused(copied):
-    flip(copied / "checkpoint-16" / "prelora" / "optimizer.safetensors")
+    flip(copied / "checkpoint-12" / "prelora" / "optimizer.safetensors")
 
     with pytest.raises(CheckpointError, match=r"optimizer\.safetensors does not match its SHA-256"):
-        trained(copied, str(copied / "checkpoint-16"))
+        trained(copied, resume=str(copied / "checkpoint-12"))
 
 
 def test_a_checkpoint_of_the_model_alone_is_refused(tmp_path):
     trained(tmp_path, num_train_epochs=1, save_strategy="epoch", save_only_model=True)
 
     with pytest.raises(CheckpointError, match="checkpoint-4 holds no prelora/: accepted is a checkpoint that"):
-        trained(tmp_path, str(tmp_path / "checkpoint-4"))
+        trained(tmp_path, resume=str(tmp_path / "checkpoint-4"))
 
 
 def test_another_configs_checkpoint_is_refused(copied):
-    with pytest.raises(CheckpointError, match=r"saved with r_max = 8, the config says 4"):
-        trained(
-            copied, str(copied / "checkpoint-16"),
-            config=PreLoRAConfig(k=2, m=1, tau=1e6, zeta=1e6, r_min=2, r_max=4, warmup_epochs=1, lora_lr_mult=2.0),
-        )  # fmt: skip
+    with pytest.raises(CheckpointError, match="saved with r_max = 8, the config says 4"):
+        trained(copied, resume=str(copied / "checkpoint-12"), config=dataclasses.replace(CONFIG, r_max=4))
 
 
 def test_a_second_train_is_refused(whole):
@@ -426,6 +434,10 @@ def tied():
     return model
 
 
+def compiled():
+    return {"model": torch.compile(vit(), backend="eager")}
+
+
 class Unknown(nn.Module):
     def forward(self, pixel_values, labels):
         raise NotImplementedError
@@ -436,18 +448,19 @@ def lbfgs():
     return {"model": model, "optimizers": (torch.optim.LBFGS(model.parameters()), None)}
 
 
+GREEDY = {"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
 REFUSED = {
     "a PEFT model": (lambda: {"model": vit(cls=Peft)}, TypeError, r"merge them first \(merge_and_unload\)"),
     "a quantised model": (lambda: {"model": vit(cls=Quantised)}, TypeError, "load it without quantization"),
     "a model sharded by transformers": (lambda: {"model": vit(cls=Sharded)}, TypeError, "without distributed_config"),
-    "a compiled model": (lambda: {"model": torch.compile(vit())}, TypeError, "pass the plain model.*torch_compile"),
+    "a compiled model": (compiled, TypeError, "pass the plain model.*torch_compile"),
     "DataParallel": (lambda: {"model": nn.DataParallel(vit())}, TypeError, "wrap the model in DistributedDataParallel"),
     "tied weights": (lambda: {"model": tied()}, TargetError, "untie it first"),
     "a model of no known family": (lambda: {"model": Unknown()}, TargetError, "register_targets"),
     "targets that match nothing": (lambda: {"targets": {"q": "vit.no"}}, TargetError, "matches no module"),
     "LBFGS": (lbfgs, OptimizerError, "accepted is any torch.optim.Optimizer whose state is kept per parameter"),
     "LOMO": (lambda: {"optim": "lomo"}, OptimizerError, "accepted are adamw_torch, adamw_torch_fused, sgd"),
-    "greedy": (lambda: {"lr_scheduler_type": "greedy"}, OptimizerError, "accepted are all others"),
+    "greedy": (lambda: GREEDY, OptimizerError, "accepted are all others"),
     "auto_find_batch_size": (lambda: {"auto_find_batch_size": True}, ValueError, "set the batch size"),
 }
 
@@ -473,7 +486,7 @@ def test_a_dataset_without_a_length_is_refused(tmp_path):
         def __iter__(self):
             return iter(images())
 
-    with pytest.raises(ValueError, match="Stream without a length.*accepted is a dataset with __len__"):
+    with pytest.raises(ValueError, match=r"Stream without a length.*accepted is a dataset with __len__"):
         PreLoRATrainer(vit(), arguments(tmp_path, max_steps=8), train_dataset=Stream())
 
 
@@ -489,7 +502,7 @@ def ranks(tmp_path_factory):
 def on_a_rank(output, resume, evaluate_first=False):
     rank, world = distributed.rank(), distributed.world_size()
     os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}", "LOCAL_WORLD_SIZE": f"{world}"}
-    trainer = build(output, save_strategy="steps", save_steps=1, num_train_epochs=4)
+    trainer = build(output, save_strategy="steps", save_steps=1)
     if evaluate_first:
         trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume and f"{output}/checkpoint-{resume}")
@@ -512,7 +525,7 @@ def test_two_ranks_end_with_the_same_bits_also_after_an_evaluation_first(on_two)
     _, (one, other) = on_two
 
     assert one == other
-    assert one["phases"] == PHASES[:4]
+    assert one["phases"] == PHASES
     assert one["wrapped"]
     assert one["ranks"]
 
@@ -536,10 +549,8 @@ def run_example(command):
     return done.stdout
 
 
-def test_the_example_runs_on_two_ranks_and_goes_on_where_it_was_stopped(tmp_path):
-    output = tmp_path / "run"
-    said = run_example([*launch(2), str(EXAMPLE), "--output", str(output)])
+def test_the_example_takes_all_phases_on_two_ranks(tmp_path):
+    said = run_example([*launch(2), str(EXAMPLE), "--output", str(tmp_path)])
 
-    assert [phase for phase in ("full", "warmup", "lora") if f": {phase}" in said] == ["full", "warmup", "lora"]
-    assert json.loads((output / "final" / "config.json").read_text())["architectures"] == ["ViTForImageClassification"]
-    loaded(output / "final")
+    assert re.findall(r"epoch \d: (\w+)", said) == ["full", "full", "warmup", "lora", "lora"]
+    loaded(tmp_path / "final")

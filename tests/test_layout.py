@@ -14,7 +14,7 @@ import pytest
 
 # A module imports from its own row and from the rows below it, never from one above. "__init__" is `import prelora`.
 LAYERS = (
-    ("cli", "train", "analysis", "info"),
+    ("cli", "train", "analysis", "info", "integrations"),
     ("__init__",),
     ("controller",),
     ("state", "events", "sharded_checkpoint"),
@@ -39,13 +39,14 @@ PURE = {
 
 CORE = {"torch", "numpy", "safetensors", "prelora"}
 """Top-level packages that all of prelora may import, beside the standard library."""
-WITH_EXTRAS = ("prelora/train/", "prelora/data/", "prelora/analysis/")
+WITH_EXTRAS = ("prelora/train/", "prelora/data/", "prelora/analysis/", "prelora/integrations/")
 """Only these import optional extras: timm, transformers, scikit-learn, tyro, matplotlib and their like."""
 LAZY = (
     "prelora.kernels",
     "nvidia.dali",
     "timm",
     "transformers",
+    "accelerate",
     "peft",
     "sklearn",
     "matplotlib",

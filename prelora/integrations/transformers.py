@@ -256,7 +256,7 @@ class _Turns(TrainerCallback):
 def _check_model(model: nn.Module) -> None:
     name = type(model).__name__
     if distributed.unwrap(model) is not model:
-        raise TypeError(f"model is a {name}: pass the plain model, the Trainer wraps (and with torch_compile compiles) it")
+        raise TypeError(f"model is a {name}: pass the plain model; the Trainer wraps it, and torch_compile compiles it")
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         raise TypeError(
             f"{name} carries PEFT adapters, and PreLoRA places LoRA itself: merge them first (merge_and_unload) and "
@@ -301,7 +301,7 @@ def _check_arguments(trainer: PreLoRATrainer) -> None:
     elif trainer.optimizer_cls_and_kwargs is None and args.optim not in OPTIMIZERS:
         raise OptimizerError(
             f"optim = {OptimizerNames(args.optim).value!r} cannot be rebuilt around LoRA; accepted are "
-            f"{', '.join(name.value for name in OPTIMIZERS)}, or an optimizer of your own as optimizers=(optimizer, None)"
+            f"{', '.join(name.value for name in OPTIMIZERS)}, or your own: optimizers=(optimizer, None)"
         )
     if scheduler is None and args.lr_scheduler_type == "greedy":
         raise OptimizerError("lr_scheduler_type = 'greedy' cannot be carried over a switch; accepted are all others")
