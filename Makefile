@@ -28,7 +28,7 @@ docs: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja torch torchvision
-	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,peft,lightning,wandb,mlflow,docs,dev]"
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[train,dali-cu13,transformers,accelerate,peft,lightning,wandb,mlflow,docs,dev]"
 	touch $@
 
 clean:

@@ -46,6 +46,7 @@ LAZY = (
     "nvidia.dali",
     "timm",
     "transformers",
+    "accelerate",
     "peft",
     "lightning",
     "sklearn",
