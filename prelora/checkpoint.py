@@ -48,7 +48,7 @@ class Manifest:
 
 
 def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> Manifest:
-    """Write ``tree`` as the folder ``path``, which appears complete or not at all.
+    """Write ``tree`` as the folder ``path``, which appears complete or not at all; a checkpoint there is replaced then.
 
     Args:
         tree: nested dicts and lists of tensors and JSON values; keys are strings.
@@ -66,9 +66,7 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any
         raise TypeError(f"tensors of {', '.join(parts)} are spread over ranks: call save_together on every rank")
     part = partial_path(path)
     try:
-        written = begin(path, part)
-        if written is not None:
-            return written
+        begin(part)
         files = write_tensors(part, {f"{entry}.safetensors": tensors for entry, tensors in whole.items()})
         finish(path, part, plain, files, about or {})
     except (OSError, SafetensorError) as error:
@@ -81,9 +79,12 @@ def save_checkpoint(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint after verifying every byte; tensors come on the CPU, whole also where ranks saved parts.
 
+    Of one that was being replaced when its writer was killed, the earlier is read, which stands beside it until then.
+
     Raises:
         CheckpointError: incomplete, damaged, or of another format; names the file.
     """
+    path = path if path.exists() or not _replaced(path).exists() else _replaced(path)
     manifest = verify_checkpoint(path)
     whole: dict[str, dict[str, Tensor]] = {}
     parts: dict[str, list[dict[str, Tensor]]] = {}
@@ -262,16 +263,10 @@ def split_entries(tree: Mapping[str, Any], main: bool = True) -> tuple[dict[str,
     )
 
 
-def begin(path: Path, part: Path) -> Manifest | None:
-    """Make the folder ``part``; or give the manifest of ``path`` where it stands already, valid."""
-    if path.is_dir():
-        try:
-            return verify_checkpoint(path)  # a resumed run comes by the same step again, with the same bits
-        except CheckpointError:
-            shutil.rmtree(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def begin(part: Path) -> None:
+    """Make the folder ``part``."""
+    part.parent.mkdir(parents=True, exist_ok=True)
     part.mkdir()
-    return None
 
 
 def write_tensors(part: Path, tensors: Mapping[str, dict[str, Tensor]]) -> dict[str, dict[str, Any]]:
@@ -284,14 +279,29 @@ def write_tensors(part: Path, tensors: Mapping[str, dict[str, Tensor]]) -> dict[
 def finish(
     path: Path, part: Path, plain: Mapping[str, Any], files: Mapping[str, Any], about: Mapping[str, Any]
 ) -> None:
-    """Write what is left, the manifest last, and give the folder its name."""
+    """Write what is left, the manifest last, and give the folder its name, in place of what has it."""
     # JSON's NaN and Infinity are Python's own extension; both ends are Python.
     (part / STATE).write_text(json.dumps(plain))
     (part / MANIFEST).write_text(_manifest_text(about, {STATE: _facts(part / STATE), **files}))
     _sync(part / MANIFEST)
     _sync(part)
-    part.rename(path)
+    old = _replaced(path)
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        part.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
     _sync(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _replaced(path: Path) -> Path:
+    """Where a checkpoint waits while another takes its place."""
+    return path.with_name(f"{path.name}.replaced")
 
 
 def _facts(file: Path) -> dict[str, Any]:

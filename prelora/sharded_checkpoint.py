@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def save_together(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> Manifest:
-    """Write ``tree`` as the folder ``path``, which appears complete or not at all; a collective.
+    """Write ``tree`` as the folder ``path``, as ``save_checkpoint`` does; a collective.
 
     Rank 0 writes what is plain or the same everywhere. Of tensors that are spread over ranks (DTensors) each rank
     writes and hashes its own part, on a file system that all share. ``load_checkpoint`` reads both.
@@ -49,23 +49,22 @@ def save_together(path: Path, tree: Mapping[str, Any], about: Mapping[str, Any] 
     plain, whole, parts = split_entries(tree, main)
     own = {f"{entry}{SHARD}{_index(tree):05d}.safetensors": tensors for entry, tensors in parts.items()}
     own |= {f"{entry}.safetensors": tensors for entry, tensors in whole.items()}
-    name, stands = _on_every_rank(path, lambda: _begin(path) if main else ("", False))[0]
-    if not stands:
-        part = path.with_name(name)
-        try:
-            found = _on_every_rank(path, lambda: write_tensors(part, own))
-            files = {name: facts for mine in found for name, facts in mine.items()}
-            _on_every_rank(path, lambda: finish(path, part, plain, files, about or {}) if main else None)
-        finally:
-            if main:
-                shutil.rmtree(part, ignore_errors=True)
+    part = path.with_name(_on_every_rank(path, lambda: _begin(path) if main else "")[0])
+    try:
+        found = _on_every_rank(path, lambda: write_tensors(part, own))
+        files = {name: facts for mine in found for name, facts in mine.items()}
+        _on_every_rank(path, lambda: finish(path, part, plain, files, about or {}) if main else None)
+    finally:
+        if main:
+            shutil.rmtree(part, ignore_errors=True)
     _on_every_rank(path, lambda: _verify_own(path, own, main))
     return read_manifest(path)
 
 
-def _begin(path: Path) -> tuple[str, bool]:
+def _begin(path: Path) -> str:
     part = partial_path(path)
-    return part.name, begin(path, part) is not None
+    begin(part)
+    return part.name
 
 
 def _verify_own(path: Path, own: Mapping[str, Any], main: bool) -> None:

@@ -402,13 +402,43 @@ def test_nothing_is_removed_while_the_newest_is_damaged(name, tmp_path):
 # Writing is all or nothing.
 
 
-def test_the_same_step_saved_again_leaves_the_first_untouched(tmp_path):
+def test_a_checkpoint_of_the_same_name_is_replaced(tmp_path):
     path = save(tmp_path, 1)
-    before = {file: file.stat().st_mtime_ns for file in path.iterdir()}
 
     save_checkpoint(path, {"model": {"other": torch.zeros(1)}})
 
-    assert {file: file.stat().st_mtime_ns for file in path.iterdir()} == before
+    assert_same(load_checkpoint(path), {"model": {"other": torch.zeros(1)}})
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("at", ["the old one steps aside", "the new one takes its place", "the old one is removed"])
+def test_a_writer_killed_while_it_replaces_a_checkpoint_leaves_one_to_load(at, tmp_path, monkeypatch):
+    path, newer = save(tmp_path, 1), {"model": {"other": torch.zeros(1)}}
+    renames = {"the old one steps aside": 0, "the new one takes its place": 1, "the old one is removed": 2}[at]
+    rename, remove = Path.rename, shutil.rmtree
+
+    def killed(self, target):
+        nonlocal renames
+        if renames == 0:
+            raise KeyboardInterrupt
+        renames -= 1
+        return rename(self, target)
+
+    def removes(folder, **options):  # a killed process cleans nothing up
+        if renames == 0:
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(shutil, "rmtree", removes)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, newer)
+    monkeypatch.undo()
+
+    assert_same(load_checkpoint(path), newer if at == "the old one is removed" else TREE)
+    shutil.rmtree(next(tmp_path.glob("*.part-*"), tmp_path / "none"), ignore_errors=True)  # this process's, by its id
+    save_checkpoint(path, newer)
+    assert_same(load_checkpoint(path), newer)
 
 
 def test_a_damaged_one_of_the_same_step_is_written_anew(tmp_path):

@@ -210,14 +210,15 @@ def test_what_killed_ranks_left_behind_is_swept(copy):
     assert checkpoints(copy.parent) == [copy.parent / "step-000000001"]
 
 
-def same_step_again(root):
+def same_name_again(root):
     pre = start(fsdp, average=False)
-    first = save_together(root / "step-000000001", pre.state_dict(), {"run": 1})
-    return first == save_together(root / "step-000000001", pre.state_dict(), {"run": 2})
+    save_together(root / "last", pre.state_dict(), {"run": 1})
+    return save_together(root / "last", pre.state_dict(), {"run": 2}).about
 
 
-def test_a_checkpoint_that_stands_already_is_verified_and_left(ranks, tmp_path):
-    assert ranks.only(2, same_step_again, tmp_path) == [True, True]
+def test_a_checkpoint_of_the_same_name_is_replaced_by_all_ranks(ranks, tmp_path):
+    assert ranks.only(2, same_name_again, tmp_path) == [{"run": 2}] * 2
+    assert read_manifest(tmp_path / "last").about == {"run": 2}
 
 
 def alone_with_shards(root):

@@ -7,7 +7,6 @@ accelerator holds too, stay the objects that they are and are pointed at the reb
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,8 @@ class AcceleratedPreLoRA(PreLoRA):
 
     Args:
         accelerator: with one process, or several under DDP.
-        model, optimizer: as ``accelerator.prepare`` returned them.
+        model: as ``accelerator.prepare`` returned it.
+        optimizer: likewise.
         config: as in ``PreLoRA``.
         scheduler: as ``accelerator.prepare`` returned it, or, not prepared, a torch or timm scheduler of the optimizer
             that was given to ``prepare``.
@@ -108,7 +108,7 @@ class AcceleratedPreLoRA(PreLoRA):
         settings = self.accelerator.project_configuration
         each_node = settings.save_on_each_node
         if self.accelerator.is_local_main_process if each_node else self.accelerator.is_main_process:
-            write_state(Path(folder), self.state_dict())
+            save_checkpoint(Path(folder) / STATE, self.state_dict())
         self.accelerator.wait_for_everyone()
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
@@ -142,16 +142,3 @@ def check_accelerator(accelerator: Accelerator) -> None:
     layout = accelerator.parallelism_config
     if layout is not None and any((layout.tp_enabled, layout.cp_enabled, layout.sp_enabled, layout.dp_shard_enabled)):
         raise TypeError(f"{layout!r} splits the model or its inputs over ranks; {accepted}")
-
-
-def write_state(folder: Path, tree: Mapping[str, Any], about: Mapping[str, Any] | None = None) -> None:
-    """Write ``tree`` as ``folder/prelora``, in place of one that stands there.
-
-    Raises:
-        CheckpointError: it could not be written.
-    """
-    path = folder / STATE
-    if path.exists():
-        # Of an earlier run in the same folder: save_checkpoint would take it for this step's, done already.
-        shutil.rmtree(path)
-    save_checkpoint(path, tree, about)

@@ -18,11 +18,11 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from prelora import distributed, optim, surgery
-from prelora.checkpoint import load_checkpoint, verify_checkpoint
+from prelora.checkpoint import load_checkpoint, save_checkpoint, verify_checkpoint
 from prelora.config import PreLoRAConfig
 from prelora.errors import CheckpointError, OptimizerError, PreLoRAWarning
 from prelora.events import Event
-from prelora.integrations.accelerate import STATE, AcceleratedPreLoRA, check_accelerator, write_state
+from prelora.integrations.accelerate import STATE, AcceleratedPreLoRA, check_accelerator
 from prelora.targets import Layout, Target, find_targets
 
 if not hasattr(Trainer, "_run_epoch"):
@@ -172,7 +172,7 @@ class PreLoRATrainer(Trainer):
         if self.args.should_save:
             pre = self.pre
             about = {"phase": pre.phase, "epoch": pre.epoch, "step": pre.step}
-            write_state(Path(output_dir), pre.state_dict() | {"losses": losses}, about)
+            save_checkpoint(Path(output_dir) / STATE, pre.state_dict() | {"losses": losses}, about)
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)

@@ -82,6 +82,7 @@ class Trainer:
         self.progress = Progress()
         self.scaler = torch.amp.GradScaler(parts.device.type, enabled=config.precision == "fp16")
         self.checkpoints = config.output / run_dir.CHECKPOINTS
+        self.resumed_from: Path | None = None
         self.main = distributed.rank() == 0
         self.clock = StepClock(parts.device)
         self.peak = measure_peak(parts.device, config.precision)
@@ -337,8 +338,11 @@ class Trainer:
 
     def _save(self, metric: float | None = None) -> None:
         """Write a checkpoint; all ranks fail alike."""
-        ranks = distributed.gather_json(rank_share(self.progress.loss_sum))
         progress = self.progress
+        path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
+        if path == self.resumed_from:
+            return  # stopped again before a step was done
+        ranks = distributed.gather_json(rank_share(progress.loss_sum))
         tree = {
             **self.pre.state_dict(),
             "train": {
@@ -350,7 +354,6 @@ class Trainer:
             },
         }
         about = {"epoch": progress.epoch, "step": self._global_step(), "phase": self.pre.phase, "metric": metric}
-        path = checkpoint_path(self.checkpoints, self._global_step(), progress.pending is not None)
         verified = save_together(path, tree, about)
         failure = None
         if self.main:
@@ -377,6 +380,7 @@ class Trainer:
         saved = tree["train"]
         check_resumable(saved, to_dict(self.config))
         self.pre.load_state_dict(tree)
+        self.resumed_from = Path(chosen)
         self.progress = Progress(**saved["progress"])
         self.scaler.load_state_dict(saved["scaler"])
         # Each rank's own: the mean over ranks is taken at the epoch's end.
