@@ -263,6 +263,18 @@ def test_a_resumed_run_on_ranks_equals_the_uninterrupted_one(ranks, whole_on_ran
     assert ranks(fit_on_ranks, None, (), folder / f"{name}.ckpt") == whole
 
 
+def test_a_run_on_two_ranks_goes_on_alone_with_the_mean_of_their_losses(whole_on_ranks):
+    path = whole_on_ranks[0] / "batch-5.ckpt"
+    (first, done), (second, _) = read(path)[KEY]["epoch"]
+
+    module, ours, events = fit(module=Recording(), ckpt_path=path)
+
+    rest = sum(module.losses[: BATCHES - done])
+    assert done == 2
+    assert events[0].loss == pytest.approx(((first + second) / 2 + rest) / BATCHES, rel=1e-6)
+    assert ours.pre.phase == "lora"
+
+
 # The example.
 
 

@@ -112,7 +112,7 @@ class PreLoRACallback(Callback):
             raise RuntimeError(
                 f"{type(pl_module).__name__} carries LoRA from an earlier fit: build it anew; to go on, pass ckpt_path="
             )
-        _check_wrapper(trainer.strategy.model or pl_module, pl_module)
+        _check_wrapper(_wrapped(trainer), pl_module)
         optimizer, scheduler = _only_optimizer(trainer)
         self.pre = PreLoRA(
             model,
@@ -155,9 +155,8 @@ class PreLoRACallback(Callback):
         if loss is None:
             if pl_module.automatic_optimization:
                 return  # a step that training_step skipped
-            raise RuntimeError(
-                f"{type(pl_module).__name__}.training_step returned no loss: PreLoRACallback reads it there"
-            )
+            name = type(pl_module).__name__
+            raise RuntimeError(f"{name}.training_step returned no loss: return it, for PreLoRACallback to read")
         if pl_module.automatic_optimization:
             loss = loss * trainer.accumulate_grad_batches  # which Lightning has divided it by
         self._loss = self._loss + loss.detach().double()
@@ -203,11 +202,16 @@ class PreLoRACallback(Callback):
 
     def _install(self, trainer: Trainer) -> None:
         """Give the Trainer the rebuilt optimizer and scheduler, and wrap the changed module in DDP again."""
-        pre, strategy = self._started, trainer.strategy
-        trainer.optimizers = [pre.optimizer]
+        trainer.optimizers = [self._started.optimizer]
         for config in trainer.lr_scheduler_configs:
-            config.scheduler = pre.scheduler
-        strategy.model = distributed.rewrap(strategy.model or strategy.lightning_module)
+            config.scheduler = self._started.scheduler
+        trainer.strategy.model = distributed.rewrap(_wrapped(trainer))
+
+
+def _wrapped(trainer: Trainer) -> nn.Module:
+    """The LightningModule, in DDP if there are ranks."""
+    assert trainer.strategy.model is not None
+    return trainer.strategy.model
 
 
 def _check_trainer(trainer: Trainer) -> None:
