@@ -63,6 +63,8 @@ class PreLoRATrainer(Trainer):
             message says what can.
     """
 
+    model: nn.Module
+
     def __init__(
         self,
         model: PreTrainedModel | nn.Module | None = None,

@@ -62,7 +62,7 @@ def _build_transformers(config: ModelConfig, given: dict[str, Any], classes: int
             image_size=config.image_size,
             patch_size=patch,
             num_channels=channels,
-            num_labels=classes,  # type: ignore[call-arg]
+            num_labels=classes,
             hidden_size=hidden,
             intermediate_size=4 * hidden,
             num_hidden_layers=given.get("depth", 12),
