@@ -29,6 +29,11 @@ PUBLIC = [
     "prelora.train.config.TrainConfig",
     "prelora.checkpoint.load_checkpoint",
     "prelora.registry.use_provider",
+    "prelora.integrations.accelerate.AcceleratedPreLoRA",
+    "prelora.integrations.lightning.PreLoRACallback",
+    "prelora.integrations.peft.from_peft",
+    "prelora.integrations.peft_adapter.save_adapter",
+    "prelora.integrations.transformers.PreLoRATrainer",
 ]
 
 

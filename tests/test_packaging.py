@@ -166,8 +166,8 @@ def test_the_metadata_agree_with_the_package(metadata):
     assert metadata["Version"] == prelora.__version__
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
-    extras = {"train", "dali-cu12", "dali-cu13", "peft", "transformers", "lightning", "wandb", "mlflow", "docs", "dev"}
-    assert set(metadata.get_all("Provides-Extra")) == extras
+    extras = {"train", "dali-cu12", "dali-cu13", "peft", "transformers", "accelerate", "lightning", "wandb", "mlflow"}
+    assert set(metadata.get_all("Provides-Extra")) == extras | {"docs", "dev"}
 
 
 def test_what_the_core_needs_is_torch_numpy_and_safetensors(metadata):
