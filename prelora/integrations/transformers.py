@@ -158,8 +158,6 @@ class PreLoRATrainer(Trainer):
         self.lr_scheduler = self.callback_handler.lr_scheduler = self.pre.scheduler
 
     def _run_epoch(self, **named: Any) -> None:
-        # By itself accelerate would not reach the sampler of a loader that skips batches, on several ranks.
-        named["train_dataloader"].set_epoch(named["epoch"])
         # The loop's own variable still names the DDP that a switch, or a resume, has replaced.
         super()._run_epoch(**named | {"model": self.model_wrapped})
 
