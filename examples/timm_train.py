@@ -1,4 +1,4 @@
-"""A loop in the style of timm's train.py, on scikit-learn's digits; each line that PreLoRA adds ends in ``# PreLoRA``.
+"""A loop in the style of timm's train.py, on scikit-learn's digits; each line that PreLoRA adds or changes says so.
 
 python examples/timm_train.py --output runs/timm
 torchrun --nproc-per-node=2 examples/timm_train.py --output runs/timm
@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 import prelora  # PreLoRA
 
 MODEL = {"img_size": 16, "patch_size": 4, "in_chans": 1, "embed_dim": 48, "depth": 2, "num_heads": 3, "num_classes": 10}
+CONFIG = {"k": 2, "m": 1, "tau": 2, "zeta": 50, "r_min": 2, "r_max": 8, "warmup_epochs": 2, "deadline": 4}  # PreLoRA
 HELD_OUT = 297
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -74,12 +75,9 @@ def main(argv=None):
     mixup_fn = Mixup(mixup_alpha=args.mixup, num_classes=MODEL["num_classes"])
     loss_fn = SoftTargetCrossEntropy()
     loss_scaler = utils.NativeScaler(device=device.type)
-    config = prelora.PreLoRAConfig(
-        k=2, m=1, tau=2.0, zeta=50.0, r_min=2, r_max=8, warmup_epochs=2, deadline=4
-    )  # PreLoRA
-    pre = prelora.PreLoRA(  # PreLoRA
-        model, optimizer, config, scheduler=lr_scheduler, ema=model_ema, total_steps=updates_per_epoch * num_epochs
-    )  # PreLoRA
+    config = prelora.PreLoRAConfig(**CONFIG)  # PreLoRA
+    steps = updates_per_epoch * num_epochs  # PreLoRA
+    pre = prelora.PreLoRA(model, optimizer, config, scheduler=lr_scheduler, ema=model_ema, total_steps=steps)  # PreLoRA
 
     saver = None
     if utils.is_primary(args):

@@ -238,7 +238,7 @@ def test_loggers_get_phase_share_loss_and_norms(tmp_path):
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    with running(tmp_path_factory.mktemp("ranks")) as started:
+    with running(tmp_path_factory.mktemp("ranks"), preload=["lightning.pytorch"]) as started:
         yield started
 
 

@@ -40,10 +40,11 @@ def join(rank, world, meeting):
 class Ranks:
     """Called with a module-level function and its arguments, runs it on every rank; returns what each returned."""
 
-    def __init__(self, folder, world=WORLD):
+    def __init__(self, folder, world=WORLD, preload=()):
         # Forked from a process that has imported what takes seconds; its own and the test's threads stay out of it.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["prelora", "timm", "torch.distributed.fsdp", "torch.distributed.tensor"])
+        imported = ["prelora", "timm", "torch.distributed.fsdp", "torch.distributed.tensor", *preload]
+        context.set_forkserver_preload(imported)
         pipes = [context.Pipe() for _ in range(world)]
         self.world = self.met = world
         self.meetings = 0
@@ -77,10 +78,15 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def running(folder, world=WORLD):
-    """``Ranks`` with one thread each, closed at the end; ``folder``: an empty one, where they meet."""
+def running(folder, world=WORLD, preload=()):
+    """``Ranks`` with one thread each, closed at the end.
+
+    Args:
+        folder: an empty one, where they meet.
+        preload: what else the process that they are forked from imports, if it is not running yet.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        started = Ranks(folder, world)
+        started = Ranks(folder, world, preload)
         yield started
         started.close()
