@@ -11,19 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from launching import ENVIRONMENT, launch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForImageClassification,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
-    ViTConfig,
     ViTForImageClassification,
 )
+from transformers_runs import CONFIG, EPOCHS, NEVER, PHASES, STEPS, arguments, build, images, trained, vit
 from two_ranks import running
 
-from prelora import CheckpointError, OptimizerError, PreLoRAConfig, PreLoRAWarning, TargetError, distributed, surgery
+from prelora import CheckpointError, PreLoRAWarning, distributed, surgery
 from prelora.checkpoint import load_checkpoint
 from prelora.integrations.transformers import PreLoRATrainer
 from prelora.nn import LoRALinear
@@ -31,58 +29,7 @@ from prelora.targets import find_targets
 
 torch.set_num_threads(1)
 
-EPOCHS, STEPS = 4, 4
-"""Steps an epoch: 32 images in micro-batches of 4, two of them a step."""
-PHASES = ["full", "warmup", "lora", "lora"]
-"""After each epoch; thresholds that always pass."""
-CONFIG = PreLoRAConfig(k=2, m=1, tau=1e6, zeta=1e6, r_min=2, r_max=8, warmup_epochs=1, lora_lr_mult=2.0)
-NEVER = PreLoRAConfig(tau=1e-9)
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "transformers_train.py"
-
-
-def vit(cls=ViTForImageClassification):
-    """A ViT of 2 blocks, 32 wide, on grey 16×16 images, with dropout; the same every time."""
-    config = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16,
-        patch_size=8, num_channels=1, num_labels=10, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return cls(config)
-
-
-def images(count=32):
-    noise = torch.Generator().manual_seed(0)
-    pixels, labels = torch.randn(count, 1, 16, 16, generator=noise), torch.randint(10, [count], generator=noise)
-    return [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
-
-
-def arguments(output, **changes):
-    settings = {
-        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "num_train_epochs": EPOCHS, "seed": 3,
-        "learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 3, "weight_decay": 0.05,
-        "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True, "report_to": "none", "use_cpu": True,
-    }  # fmt: skip
-    return TrainingArguments(output_dir=str(output), **settings | changes)
-
-
-def build(output, model=None, config=CONFIG, callbacks=None, optimizers=(None, None), targets=None, **changes):
-    return PreLoRATrainer(
-        vit() if model is None else model,
-        arguments(output, **changes),
-        train_dataset=images(),
-        eval_dataset=images(8),
-        prelora_config=config,
-        targets=targets,
-        callbacks=callbacks,
-        optimizers=optimizers,
-    )
-
-
-def trained(output, model=None, resume=None, **changes):
-    trainer = build(output, model, **changes)
-    trainer.train(resume_from_checkpoint=resume)
-    return trainer
 
 
 def bits(tree):
@@ -411,83 +358,6 @@ def test_another_configs_checkpoint_is_refused(copied):
 def test_a_second_train_is_refused(whole):
     with pytest.raises(RuntimeError, match=r"train\(\) was called before.*or give model_init"):
         whole.train()
-
-
-# What is refused at construction, with what to do instead.
-
-
-class Peft(ViTForImageClassification):
-    peft_config = None
-
-
-class Quantised(ViTForImageClassification):
-    is_quantized = True
-
-
-class Sharded(ViTForImageClassification):
-    is_distributed_loading_by_transformers = True
-
-
-def tied():
-    model = vit()
-    model.vit.layers[1].mlp.fc1.weight = model.vit.layers[0].mlp.fc1.weight
-    return model
-
-
-def compiled():
-    return {"model": torch.compile(vit(), backend="eager")}
-
-
-class Unknown(nn.Module):
-    def forward(self, pixel_values, labels):
-        raise NotImplementedError
-
-
-def lbfgs():
-    model = vit()
-    return {"model": model, "optimizers": (torch.optim.LBFGS(model.parameters()), None)}
-
-
-GREEDY = {"lr_scheduler_type": "greedy", "eval_strategy": "epoch", "metric_for_best_model": "loss"}
-REFUSED = {
-    "a PEFT model": (lambda: {"model": vit(cls=Peft)}, TypeError, r"merge them first \(merge_and_unload\)"),
-    "a quantised model": (lambda: {"model": vit(cls=Quantised)}, TypeError, "load it without quantization"),
-    "a model sharded by transformers": (lambda: {"model": vit(cls=Sharded)}, TypeError, "without distributed_config"),
-    "a compiled model": (compiled, TypeError, "pass the plain model.*torch_compile"),
-    "DataParallel": (lambda: {"model": nn.DataParallel(vit())}, TypeError, "wrap the model in DistributedDataParallel"),
-    "tied weights": (lambda: {"model": tied()}, TargetError, "untie it first"),
-    "a model of no known family": (lambda: {"model": Unknown()}, TargetError, "register_targets"),
-    "targets that match nothing": (lambda: {"targets": {"q": "vit.no"}}, TargetError, "matches no module"),
-    "LBFGS": (lbfgs, OptimizerError, "accepted is any torch.optim.Optimizer whose state is kept per parameter"),
-    "LOMO": (lambda: {"optim": "lomo"}, OptimizerError, "accepted are adamw_torch, adamw_torch_fused, sgd"),
-    "greedy": (lambda: GREEDY, OptimizerError, "accepted are all others"),
-    "auto_find_batch_size": (lambda: {"auto_find_batch_size": True}, ValueError, "set the batch size"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_at_construction(case, tmp_path):
-    options, error, message = REFUSED[case]
-
-    with pytest.raises(error, match=message):
-        build(tmp_path, **options())
-
-
-def test_many_gpus_in_one_process_are_refused(tmp_path):
-    args = arguments(tmp_path)
-    args._n_gpu = 4
-
-    with pytest.raises(TypeError, match=r"DataParallel.*torchrun --nproc-per-node=4"):
-        PreLoRATrainer(vit(), args, train_dataset=images())
-
-
-def test_a_dataset_without_a_length_is_refused(tmp_path):
-    class Stream(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(images())
-
-    with pytest.raises(ValueError, match=r"Stream without a length.*accepted is a dataset with __len__"):
-        PreLoRATrainer(vit(), arguments(tmp_path, max_steps=8), train_dataset=Stream())
 
 
 # Two gloo ranks.
