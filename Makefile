@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 	@echo "The report is at $(RUN)/report.html, the merged model at $(RUN)/export/merged.safetensors"
 
 test: $(VENV)/.installed lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 20
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ class PreLoRATrainer(Trainer):
         self.events: list[Event] = []
         """What each epoch's end found and did, in this process."""
         self._resumed_from: Path | None = None
-        self._losses = EpochLosses(self.args.device)
+        self._losses = _EpochLosses(self.args.device)
         # First, so that every other callback sees what a switch has left.
         self.callback_handler.callbacks.insert(0, _Turns(self))
 
@@ -136,7 +136,7 @@ class PreLoRATrainer(Trainer):
             total_steps=max_steps,
             seed=self.args.seed,
         )
-        self._losses = EpochLosses(self.args.device)
+        self._losses = _EpochLosses(self.args.device)
         if self._resumed_from is not None:
             tree = load_checkpoint(self._resumed_from / STATE)
             self.pre.load_state_dict(tree)
@@ -146,7 +146,7 @@ class PreLoRATrainer(Trainer):
     def _end_epoch(self) -> None:
         assert self.pre is not None
         event = self.pre.end_epoch(self._losses.mean())
-        self._losses = EpochLosses(self.args.device)
+        self._losses = _EpochLosses(self.args.device)
         self._adopt()
         self.events.append(event)
         self.log(_scalars(event))
@@ -199,7 +199,7 @@ class PreLoRATrainer(Trainer):
         self.model.load_state_dict(_saved_weights(self.model, path), strict=True)
 
 
-class EpochLosses:
+class _EpochLosses:
     """This rank's losses in the epoch under way."""
 
     def __init__(self, device: torch.device) -> None:
