@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prelora.errors import CheckpointError
+from prelora.files import take_place
 from prelora.tensor_trees import join, split
 
 FORMAT = 1
@@ -285,18 +286,9 @@ def finish(
     (part / MANIFEST).write_text(_manifest_text(about, {STATE: _facts(part / STATE), **files}))
     _sync(part / MANIFEST)
     _sync(part)
-    old = _replaced(path)
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-    try:
-        part.rename(path)
-    except OSError:
-        if old.exists():
-            old.rename(path)
-        raise
+    take_place(part, path, _replaced(path))
     _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(_replaced(path), ignore_errors=True)
 
 
 def _replaced(path: Path) -> Path:

@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -208,6 +208,11 @@ def broadcast_tensor(tensor: Tensor) -> Tensor:
     sent = tensor.to(collective_device()).contiguous()
     dist.broadcast(sent, src=0)
     return sent.to(tensor.device)
+
+
+def own_share(shares: Sequence[float]) -> float:
+    """This rank's own of what each rank had when it was saved; the mean, if there were more or fewer ranks."""
+    return shares[rank()] if len(shares) == world_size() else sum(shares) / len(shares)
 
 
 def gather_json(value: Any) -> list[Any]:

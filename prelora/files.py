@@ -40,16 +40,26 @@ def replacing_folder(path: Path, names: Collection[str]) -> Iterator[Path]:
     try:
         part.mkdir()
         yield part
-        if path.exists():
-            path.rename(old)
-        part.rename(path)
-    except BaseException:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        raise
+        take_place(part, path, old)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def take_place(part: Path, path: Path, old: Path) -> None:
+    """Give the folder ``part`` the name ``path``; what has it becomes ``old``, or has it again after an error.
+
+    A kill between the two renames leaves ``old`` alone: who is to survive that looks there, too.
+    """
+    if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+    try:
+        part.rename(path)
+    except BaseException:
+        if old.exists():
+            old.rename(path)
+        raise
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -58,6 +58,11 @@ def is_sharded(model: nn.Module) -> bool:
     return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
+def holds_parts(model: nn.Module) -> bool:
+    """Whether this rank holds parts of the model's parameters between uses, by ``fully_shard`` or otherwise."""
+    return is_sharded(model) or any(map(is_shard, model.parameters()))
+
+
 def shard(model: nn.Module, device: torch.device) -> nn.Module:
     """Apply ``fully_shard`` over all ranks to each of the model's repeated blocks, then to the model; in place.
 

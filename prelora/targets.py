@@ -10,7 +10,7 @@ index of a ModuleList or Sequential, and ``[i/n]`` for the i-th of n equal row s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -267,16 +267,24 @@ def _regroup(targets: Sequence[Target]) -> list[Target]:
     return [Target(t.path, group, i, t.rows) for group, members in groups.items() for i, t in enumerate(members)]
 
 
-def _verify(model: nn.Module, targets: Sequence[Target]) -> None:
+def tied_modules(model: nn.Module, paths: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """Each of ``paths`` whose module shares a parameter with others, and all names of that parameter."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    for path, slices in by_module(targets).items():
-        linear = target_linear(model, slices[0])
-        for own in (linear.weight, linear.bias):
-            tied = owners.get(id(own), [])
-            if len(tied) > 1:
-                raise TargetError(f"target {path!r} shares a parameter with others ({', '.join(tied)}); untie it first")
+    for path in paths:
+        for own in model.get_submodule(path).parameters():
+            if len(owners[id(own)]) > 1:
+                yield path, owners[id(own)]
+
+
+def _verify(model: nn.Module, targets: Sequence[Target]) -> None:
+    modules = by_module(targets)
+    linears = {path: target_linear(model, slices[0]) for path, slices in modules.items()}
+    for path, names in tied_modules(model, linears):
+        raise TargetError(f"target {path!r} shares a parameter with others ({', '.join(names)}); untie it first")
+    for path, slices in modules.items():
+        linear = linears[path]
         spans = [target.rows or (0, linear.out_features) for target in slices]
         if len(set(spans)) < len(spans):
             raise TargetError(f"target {path!r} is matched more than once: {', '.join(t.group for t in slices)}")

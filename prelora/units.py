@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 from prelora.config import Switch
 from prelora.convergence import Verdict, joined
@@ -11,6 +11,8 @@ from prelora.monitor import Monitor
 from prelora.targets import Target, by_module
 
 Phase = Literal["full", "warmup", "lora"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""In their order."""
 Unit = tuple[str, ...]
 
 

@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from prelora.analysis.records import PHASES, Run
+from prelora.analysis.records import Run
+from prelora.units import PHASES
 
 INK = "#1b2126"
 MUTED = "#5c6772"

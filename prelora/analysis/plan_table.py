@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from prelora.analysis.footprint import ITEMS
 from prelora.analysis.hardware import GIGA, GPUS
 from prelora.analysis.planner import PhasePlan, Plan
-from prelora.analysis.records import PHASES
 from prelora.analysis.run_time import RunTime, Schedule
+from prelora.units import PHASES
 
 LABEL, CELL = 34, 14
 ITEM_NAMES = {

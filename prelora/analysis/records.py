@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from prelora.units import PHASES
 
-PHASES = ("full", "warmup", "lora")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,9 @@ class Run:
         """FLOPs per image by phase, of the epochs trained in it their mean; what was not counted is missing."""
         planned = next((epoch.event.plan_flops for epoch in reversed(self.epochs) if epoch.event.plan_flops), None)
         full = {"full": self.info.full_flops} if math.isfinite(self.info.full_flops) else {}
-        trained = {phase: [epoch.flops_per_image for epoch in self.in_phase(phase)] for phase in PHASES}
+        trained: dict[str, list[float]] = {
+            phase: [epoch.flops_per_image for epoch in self.in_phase(phase)] for phase in PHASES
+        }
         means = {
             phase: fmean(counts) for phase, counts in trained.items() if counts and all(map(math.isfinite, counts))
         }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prelora.analysis.planner import Plan
-from prelora.analysis.records import PHASES
 from prelora.data import imagenet
+from prelora.units import PHASES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from prelora.analysis.markup import NOTHING, Html, number, pairs, paragraph, percent, section, size, table
-from prelora.analysis.records import PHASES, Epoch, Run
+from prelora.analysis.records import Epoch, Run
 from prelora.analysis.summary import (
     FEW_EPOCHS,
     Saving,
@@ -17,6 +17,7 @@ from prelora.analysis.summary import (
     speed_ups,
     summarize_phases,
 )
+from prelora.units import PHASES
 
 NAMES = {"full": "FULL", "warmup": "WARMUP", "lora": "LORA", "run": "Whole run"}
 

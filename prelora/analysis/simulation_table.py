@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from prelora.analysis.hardware import GIGA, GPUS
 from prelora.analysis.plan_table import row
 from prelora.analysis.planner import PhasePlan, Plan
-from prelora.analysis.records import PHASES
 from prelora.analysis.simulation import SimulatedPhase
+from prelora.units import PHASES
 
 CELL = 30
 

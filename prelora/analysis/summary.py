@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
 
-from prelora.analysis.records import PHASES, Epoch, Run
+from prelora.analysis.records import Epoch, Run
+from prelora.units import PHASES
 
 FEW_EPOCHS = 3
 """With fewer epochs than this in a phase its median says little."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Sequence
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,11 +18,11 @@ from prelora.controller import PreLoRA
 from prelora.errors import CheckpointError, OptimizerError
 from prelora.events import Event
 from prelora.nn import LoRALinear
-from prelora.targets import Layout, Target
+from prelora.targets import Layout, Target, by_group
+from prelora.units import PHASES
 
 KEY = "prelora"
 """Of the checkpoint's entry that holds PreLoRA's state, and of what is logged."""
-PHASES = ("full", "warmup", "lora")
 AVERAGES = (
     "keeps a copy of the model that the switch does not reach: hold timm's ModelEmaV3 in the module, and pass ema="
 )
@@ -127,7 +128,8 @@ class PreLoRACallback(Callback):
         pl_module.register_load_state_dict_pre_hook(_make_room)
         if self._saved is not None:
             self.pre.load_state_dict(self._saved["state"])
-            self._loss, self._batches = _share(self._saved["epoch"])
+            loss, batches = map(distributed.own_share, zip(*self._saved["epoch"], strict=True))
+            self._loss, self._batches = loss, int(batches)
             self._overdue = self._saved["epoch_complete"]
             self._saved = None
             if self.pre.phase != "full":
@@ -258,15 +260,6 @@ def _member(pl_module: LightningModule, argument: str, member: str | Callable[[L
         ) from None
 
 
-def _share(epoch: list[list[float]]) -> tuple[float, int]:
-    """This rank's loss and batches of the epoch under way; over another number of ranks, the mean of all."""
-    if len(epoch) == distributed.world_size():
-        loss, batches = epoch[distributed.rank()]
-    else:
-        loss, batches = (sum(values) / len(epoch) for values in zip(*epoch, strict=True))
-    return loss, int(batches)
-
-
 def _merge(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Leave of every LoRALinear what a plain Linear with its function has."""
     for path, layer in module.named_modules():
@@ -284,12 +277,12 @@ def _make_room(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
 
 
 def _numbers(pre: PreLoRA, event: Event) -> dict[str, float]:
-    norms: dict[str, list[float]] = {}
-    for target in pre.targets:
-        norms.setdefault(target.group, []).append(event.norms.effective[target.name])
     return {
         f"{KEY}/phase": PHASES.index(event.phase),
         f"{KEY}/loss": event.loss,
         f"{KEY}/trainable_share": event.trainable_share,
-        **{f"{KEY}/norm/{group}": sum(values) / len(values) for group, values in norms.items()},
+        **{
+            f"{KEY}/norm/{group}": fmean(event.norms.effective[target.name] for target in members)
+            for group, members in by_group(pre.targets).items()
+        },
     }

@@ -27,7 +27,7 @@ from torch import nn
 from prelora import distributed, sharding
 from prelora.nn import LoRALinear
 from prelora.nn.merging import group_merges, ungroup_merges
-from prelora.shards import is_shard
+from prelora.targets import tied_modules
 
 ORIGIN = "_peft_origin"
 MERGE = "fold it into the base with merge_and_unload() and go on from there"
@@ -189,7 +189,7 @@ def _check_whole(model: nn.Module) -> None:
     inside = distributed.unwrap(model)
     if inside is not model or any(isinstance(module, BaseTuner) for module in model.modules()):
         raise ValueError(f"a model in {type(model).__name__}: give the plain model or the PeftModel, and wrap it after")
-    if sharding.is_sharded(model) or any(map(is_shard, model.parameters())):
+    if sharding.holds_parts(model):
         raise ValueError(
             "the model is sharded over ranks, and each holds a part: convert it before fully_shard, "
             "or on what PreLoRA.merged_state_dict() gathered"
@@ -198,15 +198,8 @@ def _check_whole(model: nn.Module) -> None:
 
 def _check_untied(model: nn.Module, paths: Sequence[str]) -> None:
     """Refuse to convert a layer that shares a parameter: it would train and save under two names."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
-        tied = next((path for path in paths for name in names if name.startswith(f"{path}.")), None)
-        if len(names) > 1 and tied is not None:
-            raise ValueError(
-                f"{tied} shares a parameter ({', '.join(names)}): untie it, or leave it out of target_modules"
-            )
+    for path, names in tied_modules(model, paths):
+        raise ValueError(f"{path} shares a parameter ({', '.join(names)}): untie it, or leave it out of target_modules")
 
 
 def _active_adapter(layers: dict[str, BaseTunerLayer]) -> str:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from prelora import sharding
 from prelora.nn import LoRALinear
 from prelora.ops.slices import split_b
-from prelora.shards import is_shard
 from prelora.surgery import is_lora
+from prelora.targets import tied_modules
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.safetensors"
 FILES = (CONFIG, TENSORS, BASE)
@@ -58,12 +58,13 @@ def make_adapter(model: nn.Module, trained: Collection[str] | None = None) -> Ad
     layers = {path: module for path, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no LoRA layers, so there is no adapter to write: save its state dict")
-    if sharding.is_sharded(model) or any(map(is_shard, model.parameters())):
+    if sharding.holds_parts(model):
         raise ValueError(
             "the model is sharded over ranks, and each holds a part: export the run's checkpoint (prelora export), "
             "which is whole, or take PreLoRA.merged_state_dict()"
         )
-    _check_untied(model, layers)
+    for path, names in tied_modules(model, layers):
+        raise ValueError(f"{path} shares a parameter ({', '.join(names)}): untie it, as by a copy of its own")
     dropouts = {layer.dropout for layer in layers.values()}
     if len(dropouts) > 1:
         raise ValueError(f"layers of dropout {sorted(dropouts)}: a LoraConfig has one for all; set the layers' alike")
@@ -144,13 +145,14 @@ def modules_to_save(model: nn.Module, trained: Collection[str]) -> tuple[list[st
     """
     lora = [path for path, module in model.named_modules() if isinstance(module, LoRALinear)]
     names = [name for name, _ in model.named_parameters() if name.rpartition(".")[0] not in lora]
+    trained = set(trained)
     kept = [name for name in names if name in trained]
     state = model.state_dict()
     owners = [path for path in dict.fromkeys(name.rpartition(".")[0] for name in kept) if path]
     whole = {
         path
         for path in owners
-        if set(trained).issuperset(_under(path, names))
+        if trained.issuperset(_under(path, names))
         and not _under(path, lora)
         and not isinstance(
             model.get_submodule(path), (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)
@@ -213,15 +215,6 @@ def _one_b(layer: LoRALinear) -> Tensor:
         b if s == common else (b.double() * (s / common)).to(b) for b, s in zip(blocks, layer.scaling, strict=True)
     ]
     return torch.block_diag(*scaled)
-
-
-def _check_untied(model: nn.Module, layers: Mapping[str, LoRALinear]) -> None:
-    names = list(model.named_parameters(remove_duplicate=False))
-    for path, layer in layers.items():
-        for own in layer.parameters():
-            tied = [name for name, parameter in names if parameter is own]
-            if len(tied) > 1:
-                raise ValueError(f"{path} shares a parameter ({', '.join(tied)}): untie it, as by a copy of its own")
 
 
 def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

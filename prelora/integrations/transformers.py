@@ -24,11 +24,11 @@ from prelora.errors import CheckpointError, OptimizerError, PreLoRAWarning
 from prelora.events import Event
 from prelora.integrations.accelerate import STATE, AcceleratedPreLoRA, check_accelerator
 from prelora.targets import Layout, Target, find_targets
+from prelora.units import PHASES
 
 if not hasattr(Trainer, "_run_epoch"):
     raise ImportError("prelora.integrations.transformers needs the Trainer of transformers >= 5.4")
 
-PHASES = ("full", "warmup", "lora")
 TRAINER_STATE = "trainer_state.json"
 OPTIMIZERS = (
     OptimizerNames.ADAMW_TORCH,
@@ -226,9 +226,8 @@ class _EpochLosses:
         return {"sums": distributed.gather_json(self._sum.item()), "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up this rank's own sum; on another number of ranks the mean, which is what they all come to."""
-        sums = state["sums"]
-        self._sum += sums[distributed.rank()] if len(sums) == distributed.world_size() else sum(sums) / len(sums)
+        """Take up this rank's own sum."""
+        self._sum += distributed.own_share(state["sums"])
         self.steps = state["steps"]
 
 

@@ -54,17 +54,15 @@ def rank_share(loss_sum: float) -> dict[str, Any]:
 def restore_rank_share(saved: Mapping[str, Any], seed: int, step: int) -> float:
     """Set this rank's random states as they were; returns its sum of losses of the epoch under way.
 
-    With another number of ranks there is nothing to restore: the states are drawn anew from (seed, step, rank), and
-    each rank takes the mean of the sums, which is all that is read of them.
+    With another number of ranks there is no state to restore: they are drawn anew from (seed, step, rank).
     """
     shares = saved["ranks"]
     if len(shares) == distributed.world_size():
-        mine = shares[distributed.rank()]
-        set_rng_state(mine["rng"])
-        return mine["loss_sum"]
-    drawn = hashlib.sha256(f"{seed}:{step}:{distributed.rank()}".encode()).digest()
-    seed_all(int.from_bytes(drawn[:4], "big"))
-    return sum(share["loss_sum"] for share in shares) / len(shares)
+        set_rng_state(shares[distributed.rank()]["rng"])
+    else:
+        drawn = hashlib.sha256(f"{seed}:{step}:{distributed.rank()}".encode()).digest()
+        seed_all(int.from_bytes(drawn[:4], "big"))
+    return distributed.own_share([share["loss_sum"] for share in shares])
 
 
 def _batch(config: Mapping[str, Any], ranks: int) -> tuple[int, str]:
