@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import interrupt
 import torch
@@ -20,6 +21,7 @@ FORKSERVER = multiprocessing.get_context("forkserver")
 FORKSERVER.set_forkserver_preload(["interrupt", "timm", "prelora.train.__main__", "sklearn.datasets"])
 
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # The same number of threads in every run: sums round by it.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
 
@@ -57,6 +59,15 @@ def run_ranks(config, output, *interruption, ranks):
         child.kill()  # which is nothing to one that has ended
     print(log.read_text())
     return [child.exitcode for child in children]
+
+
+def run_example(name, *options, ranks=None):
+    """Run a script of ``examples/``, by torchrun if on ``ranks``; returns what it printed."""
+    start = [sys.executable] if ranks is None else launch(ranks)
+    command = [*start, str(EXAMPLES / name), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def launch(ranks, *options):

@@ -1,7 +1,6 @@
 """Two gloo ranks stay one run: the same decisions, the same plan and the same bits, through all phases."""
 
 import contextlib
-import hashlib
 import math
 import warnings
 
@@ -13,7 +12,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
-from two_ranks import WORLD, running
+from two_ranks import WORLD, bits, running
 
 from prelora import PreLoRA, PreLoRAConfig, distributed, monitor, surgery
 from prelora.targets import find_targets
@@ -90,15 +89,6 @@ def train_epoch(pre):
         pre.optimizer.zero_grad()
         pre.ema.update(pre.base_model)
     return sum(losses) / len(losses)
-
-
-def bits(tree):
-    """A hash of every tensor, by name; plain values as they are."""
-    if isinstance(tree, torch.Tensor):
-        return hashlib.sha256(tree.detach().contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(tree, dict):
-        return {key: bits(value) for key, value in tree.items()}
-    return [bits(item) for item in tree] if isinstance(tree, list) else tree
 
 
 def wrappers_of(model):

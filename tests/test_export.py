@@ -64,20 +64,24 @@ def assert_same_logits(one, other):
     assert expected.std() > 0.05  # not a comparison of nothing with nothing
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def of_each_library(tmp_path_factory, **prelora):
     """A run of each library, every checkpoint kept, LoRA scaled by more than 1."""
     return {
         library: finished(
             tmp_path_factory.mktemp(library) / "run",
             model={"library": library},
             ema_decay=0.8,
-            prelora={"alpha": 8.0},
+            prelora={"alpha": 8.0, **prelora},
             checkpoint={"keep_last": 10},
             optim={"lr": 5e-3},
         )
         for library in ("timm", "transformers")
     }
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return of_each_library(tmp_path_factory)
 
 
 @pytest.fixture

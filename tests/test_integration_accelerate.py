@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import re
-import subprocess
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +12,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, ParallelismConfig
-from launching import ENVIRONMENT, assert_equal, launch
+from launching import assert_equal, run_example
 from models import adamw, config, images, labels, tiny_vit
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,7 +27,6 @@ from prelora.integrations.accelerate import AcceleratedPreLoRA, check_accelerato
 BATCHES, ACCUMULATE, EPOCHS = 4, 2, 4
 CONFIG = config(r_max=4, lora_lr_mult=2.0)
 PHASES = ["full", "warmup", "lora", "lora"]
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "accelerate_train.py"
 
 
 class Progress:
@@ -332,9 +329,7 @@ def test_ranks_whose_gradients_nothing_would_reduce_are_refused(ranks):
 
 
 def test_the_example_takes_all_phases_on_two_ranks(tmp_path):
-    command = [*launch(2), str(EXAMPLE), "--output", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
+    said = run_example("accelerate_train.py", "--output", str(tmp_path), ranks=2)
 
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert re.findall(r"epoch \d: (\w+)", done.stdout) == ["full", "full", "warmup", "lora", "lora"]
+    assert re.findall(r"epoch \d: (\w+)", said) == ["full", "full", "warmup", "lora", "lora"]
     assert (tmp_path / "final" / "model.safetensors").is_file()

@@ -1,8 +1,6 @@
 """PreLoRA under Lightning: three phases, checkpoints that resume bit for bit, DDP, and what is refused."""
 
 import csv
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import torch
 
 pytest.importorskip("lightning")
 
-from launching import ENVIRONMENT, assert_equal
+from launching import assert_equal, run_example
 from lightning.pytorch.callbacks import (
     BackboneFinetuning,
     LearningRateFinder,
@@ -44,7 +42,6 @@ from prelora.integrations.lightning import KEY, PreLoRACallback
 from prelora.nn import LoRALinear
 from prelora.targets import from_dicts
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "lightning_train.py"
 KINDS = ("batch", "validation", "epoch")
 RESUMED = [
     *[("batch", step) for step in (2, 6, 8, 11, 15)],  # within an epoch of each phase, and after a last batch
@@ -279,12 +276,8 @@ def test_a_run_on_two_ranks_goes_on_alone_with_the_mean_of_their_losses(whole_on
 
 
 def test_the_example_runs_on_two_ranks(tmp_path):
-    command = [sys.executable, str(EXAMPLE), "--output", str(tmp_path), "--devices", "2", "--epochs", "7"]
+    lines = run_example("lightning_train.py", "--output", str(tmp_path), "--devices", "2", "--epochs", "7").splitlines()
 
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
-
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
     phases = [line.split()[2] for line in lines if line.startswith("epoch")]
     assert list(dict.fromkeys(phases)) == ["full", "warmup", "lora"]
     assert "in a stock vit_tiny_patch16_224: logits differ by" in lines[-1]

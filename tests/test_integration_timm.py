@@ -1,13 +1,11 @@
 """timm's own loop with PreLoRA in it, as the example has it: three phases, resume, and files that timm loads."""
 
 import importlib.util
-import subprocess
-from pathlib import Path
 
 import pytest
 import timm
 import torch
-from launching import ENVIRONMENT, assert_equal, launch
+from launching import EXAMPLES, assert_equal, run_example
 from models import config, images, labels, start, tiny_vit, until
 from safetensors.torch import save_file
 from timm import utils
@@ -19,13 +17,12 @@ from torch import nn
 from prelora import PreLoRA, cli, surgery
 from prelora.nn import LoRALinear
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "timm_train.py"
 PHASES = ["full", "warmup", "warmup", "lora", "lora"]
 """After each epoch of the fixture's run; each has a checkpoint."""
 
 
 def load_example():
-    spec = importlib.util.spec_from_file_location("timm_train", EXAMPLE)
+    spec = importlib.util.spec_from_file_location("timm_train", EXAMPLES / "timm_train.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     return example
@@ -203,13 +200,8 @@ def test_the_scaler_refuses_the_optimizer_that_was_replaced():
 def test_the_example_runs_on_two_ranks(tmp_path):
     sizes = ["--train-images", "200", "--batch-size", "50", "--device", "cpu"]
 
-    done = subprocess.run(
-        [*launch(2), str(EXAMPLE), "--output", str(tmp_path), *sizes],
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    lines = run_example("timm_train.py", "--output", str(tmp_path), *sizes, ranks=2).splitlines()
 
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
     assert list(dict.fromkeys(line.split()[2] for line in lines if line.startswith("epoch"))) == list(
         dict.fromkeys(PHASES)
     )

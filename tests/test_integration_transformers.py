@@ -1,16 +1,14 @@
 """transformers' Trainer through all three phases: resumed bit for bit, on ranks, rotated, a stock folder at the end."""
 
 import dataclasses
-import hashlib
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from launching import ENVIRONMENT, launch
+from launching import run_example
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoModelForImageClassification,
@@ -19,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 from transformers_runs import CONFIG, EPOCHS, NEVER, PHASES, STEPS, arguments, build, images, trained, vit
-from two_ranks import running
+from two_ranks import bits, running
 
 from prelora import CheckpointError, PreLoRAWarning, distributed, surgery
 from prelora.checkpoint import load_checkpoint
@@ -28,17 +26,6 @@ from prelora.nn import LoRALinear
 from prelora.targets import find_targets
 
 torch.set_num_threads(1)
-
-EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "transformers_train.py"
-
-
-def bits(tree):
-    """A hash of every tensor, by name; plain values as they are."""
-    if isinstance(tree, torch.Tensor):
-        return hashlib.sha256(tree.detach().contiguous().numpy().tobytes()).hexdigest()
-    if isinstance(tree, dict):
-        return {key: bits(value) for key, value in tree.items()}
-    return [bits(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
 
 
 def logged(trainer):
@@ -413,14 +400,8 @@ def test_two_ranks_resume_bit_for_bit(step, on_two, ranks):
 # The example.
 
 
-def run_example(command):
-    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def test_the_example_takes_all_phases_on_two_ranks(tmp_path):
-    said = run_example([*launch(2), str(EXAMPLE), "--output", str(tmp_path)])
+    said = run_example("transformers_train.py", "--output", str(tmp_path), ranks=2)
 
     assert re.findall(r"epoch \d: (\w+)", said) == ["full", "full", "warmup", "lora", "lora"]
     loaded(tmp_path / "final")

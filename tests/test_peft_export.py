@@ -10,7 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from test_export import assert_same_logits, of_phase, stock, trained
+from test_export import assert_same_logits, of_each_library, of_phase, stock, trained
 from test_trainer_per_group import PASSES, SETTINGS, EveryCall
 from tiny_runs import copied, finished, metrics
 
@@ -28,18 +28,7 @@ WARM = pytest.mark.filterwarnings("ignore:.*is of the warm-up:prelora.PreLoRAWar
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run of each library, every checkpoint kept, with a scaling and a dropout."""
-    return {
-        library: finished(
-            tmp_path_factory.mktemp(library) / "run",
-            model={"library": library},
-            ema_decay=0.8,
-            prelora={"alpha": 8.0, "lora_dropout": 0.1},
-            checkpoint={"keep_last": 10},
-            optim={"lr": 5e-3},
-        )
-        for library in ("timm", "transformers")
-    }
+    return of_each_library(tmp_path_factory, lora_dropout=0.1)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime as dt
+import hashlib
 import multiprocessing
 import os
 
@@ -90,3 +91,12 @@ def running(folder, world=WORLD, preload=()):
         started = Ranks(folder, world, preload)
         yield started
         started.close()
+
+
+def bits(tree):
+    """A hash of every tensor, by name; plain values as they are."""
+    if isinstance(tree, torch.Tensor):
+        return hashlib.sha256(tree.detach().contiguous().numpy().tobytes()).hexdigest()
+    if isinstance(tree, dict):
+        return {key: bits(value) for key, value in tree.items()}
+    return [bits(item) for item in tree] if isinstance(tree, (list, tuple)) else tree
