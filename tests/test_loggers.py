@@ -91,6 +91,9 @@ def records(file):
 
 def wandb_history(output):
     """W&B's ids of the run, and its rows."""
+    import wandb
+
+    wandb.teardown()  # waits for its service, which may write the file only after finish() has returned
     files = sorted(output.glob("wandb/offline-run-*/run-*.wandb"))
     sent = [record for file in files for record in records(file)]
     rows = [
