@@ -148,6 +148,7 @@ class PreLoRA:
             RuntimeError: the switch did not do what it promises (function, ranks, equality between ranks).
         """
         self._reshard()
+        self.abandon_step()
         self.epoch += 1
         mean_loss = distributed.mean_over_ranks(float(loss))
         norms = monitor.measure(self.base_model, self.targets, self._snapshot)
@@ -229,12 +230,21 @@ class PreLoRA:
         self._reshard()
         return surgery.merged_state_dict(model)
 
+    def abandon_step(self) -> None:
+        """Take LoRA's ramp off the learning rates that an optimizer step which raised has left it on.
+
+        The next step, ``end_epoch`` and ``state_dict`` do so by themselves: call it before you save the optimizer
+        otherwise. Where no step has raised it does nothing.
+        """
+        self._ramp.after(self.optimizer)
+
     def state_dict(self) -> dict[str, Any]:
         """Everything to go on from here: nested dicts of tensors (not copied) and plain values.
 
         Of a sharded model the tensors are DTensors, for ``sharded_checkpoint.save_together``.
         """
         self._reshard()
+        self.abandon_step()
         return {
             "version": STATE_VERSION,
             "config": dataclasses.asdict(self.config),

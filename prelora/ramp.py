@@ -50,6 +50,7 @@ class LoRARamp:
 
     def before(self, optimizer: Optimizer, step: int) -> None:
         """Scale LoRA's groups for the coming step."""
+        self.after(optimizer)  # of a step that raised
         self._saved = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             ramp = self.ramps.get(group.get("name", ""))

@@ -385,6 +385,53 @@ def test_the_ramp_starts_at_the_switch_and_does_not_restart_at_the_freeze():
     assert seen == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1.0])
 
 
+def failing_step(pre):
+    def closure():
+        raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        pre.optimizer.step(closure)
+
+
+def rates(optimizer):
+    return [group["lr"] for group in optimizer.param_groups]
+
+
+@pytest.mark.parametrize("phase", ["warmup", "lora"])
+def test_a_step_that_raised_leaves_no_ramp_to_the_step_after_it(phase):
+    pre = start(total_steps=10_000)
+    until(pre, phase)
+    seen = []
+    pre.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(rates(optimizer)))
+
+    failing_step(pre)
+    train(pre, steps=1)
+
+    assert seen[0] == seen[1] != rates(pre.optimizer)
+
+
+def test_a_step_that_raised_leaves_no_ramp_in_a_state():
+    pre = start(total_steps=10_000)
+    until(pre, "warmup")
+    before = rates(pre.optimizer)
+
+    failing_step(pre)
+
+    assert [group["lr"] for group in pre.state_dict()["optimizer"]["groups"]] == before
+
+
+def test_a_step_that_raised_leaves_no_ramp_over_the_freeze():
+    pre = start(total_steps=10_000, fields={"warmup_epochs": 1})
+    until(pre, "warmup")
+    before = {group["name"]: group["lr"] for group in pre.optimizer.param_groups}
+
+    train(pre)
+    failing_step(pre)
+
+    assert pre.end_epoch(1.0).action == "freeze"
+    assert all(group["lr"] == before[group["name"]] for group in pre.optimizer.param_groups)
+
+
 def test_the_schedule_is_carried_through_every_phase():
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)

@@ -185,9 +185,9 @@ class PreLoRACallback(Callback):
             }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take LoRA's ramp off the learning rates, for a checkpoint that is saved now: a step may be under way."""
+        """Make ready for a checkpoint that is saved now: a step may be under way, and LoRA's ramp on the rates."""
         if self.pre is not None:
-            self.pre._ramp.after(self.pre.optimizer)
+            self.pre.abandon_step()
 
     @property
     def _started(self) -> PreLoRA:
