@@ -30,7 +30,7 @@ from prelora.nn.deferred_grads import lora_grads_from_weights
 from prelora.train.build import build_parts
 from prelora.train.config import OptimConfig
 
-TIMED = ("exp1", "exp2", "exp3", "freeze_only", "uniform")
+TIMED = ("exp1", "exp2", "exp3", "freeze_only", "uniform", "wide_ranks")
 """Variants whose steps are measured; the others' layers are of the sizes of one of these."""
 ROUNDS, FIRST = 20, 2
 """Rounds that count, and rounds before them, with one more, that do not."""
