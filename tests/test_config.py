@@ -142,8 +142,9 @@ def test_paper_presets_are_table_1(experiment, tau, zeta):
     assert (config.k, config.m, config.r_min, config.r_max, config.warmup_epochs) == (3, 3, 8, 64, 10)
 
 
-def test_default_is_the_papers_exp2():
-    assert PreLoRAConfig() == PreLoRAConfig.paper() == PreLoRAConfig.paper("exp2")
+def test_default_is_the_papers_exp2_but_for_loras_learning_rate():
+    assert PreLoRAConfig(lora_lr_mult=1.0) == PreLoRAConfig.paper() == PreLoRAConfig.paper("exp2")
+    assert PreLoRAConfig().lora_lr_mult == 4.0
 
 
 def test_unknown_experiment_is_refused():
@@ -152,7 +153,9 @@ def test_unknown_experiment_is_refused():
 
 
 def test_preset_takes_overrides():
-    assert PreLoRAConfig.paper("exp1", warmup_epochs=5) == PreLoRAConfig(tau=1.0, zeta=5.0, warmup_epochs=5)
+    overridden = PreLoRAConfig.paper("exp1", warmup_epochs=5)
+
+    assert overridden == PreLoRAConfig(tau=1.0, zeta=5.0, warmup_epochs=5, lora_lr_mult=1.0)
 
 
 def test_preset_validates_its_overrides():

@@ -371,7 +371,7 @@ def test_lora_alone_is_ramped_over_one_percent_of_the_steps_that_remain(total_st
 
 
 def test_the_ramp_starts_at_the_switch_and_does_not_restart_at_the_freeze():
-    pre = start(total_steps=604)
+    pre = start(total_steps=604, fields={"lora_lr_mult": 1.0})
     until(pre, "warmup")
     seen = []
     for _ in range(2):
@@ -436,7 +436,8 @@ def test_the_schedule_is_carried_through_every_phase():
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)
 
-    pre, untouched = start(scheduler=scheduler), start(scheduler=scheduler, fields={"tau": 1e-9})
+    pre = start(scheduler=scheduler, fields={"lora_lr_mult": 1.0})
+    untouched = start(scheduler=scheduler, fields={"tau": 1e-9})
     for _ in range(5):
         epochs(pre, 1)
         epochs(untouched, 1)
