@@ -178,7 +178,7 @@ def test_min_epoch_and_deadline_hold_for_each_group(fields, switches, standing):
 
 
 def test_each_injections_lora_is_ramped_from_its_own_switch(standing):
-    pre, rates = begin(), []
+    pre, rates = begin(fields={"lora_lr_mult": 1.0}), []
     standing.epochs(pre, 2)
     handles = []
     for _ in range(4):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from prelora import PreLoRAConfig
 from prelora.train.config import to_dict
 from prelora.train.recipes import PLANNED_GPUS, RECIPES
 
@@ -95,4 +96,5 @@ def test_the_ninety_epochs_have_the_papers_thresholds_scaled_to_their_schedule()
         zeta=round(long.prelora.zeta * scale, 2),
         warmup_epochs=round(long.prelora.warmup_epochs / scale),
         monitor_from=short.optim.warmup_epochs,
+        lora_lr_mult=PreLoRAConfig().lora_lr_mult,
     )

@@ -52,9 +52,13 @@ def watch_updates(patch, look):
     return seen
 
 
+def rate_of(group):
+    return group.get("name", "").endswith("/lora"), group["lr"]
+
+
 @pytest.fixture(scope="module")
 def rates():
-    """By optimizer step of ``run``: the learning rates of all groups."""
+    """By optimizer step of ``run``: of all groups, whether it is LoRA's, and the learning rate."""
     return []
 
 
@@ -64,7 +68,9 @@ def run(tmp_path_factory, rates):
     data = {"mixup": 0.2, "cutmix": 0.2, "label_smoothing": 0.1}
     optim = {"clip_grad": 1.0, "min_lr": 1e-5}
     with pytest.MonkeyPatch.context() as patch:
-        rates_seen = watch_updates(patch, lambda trainer: [group["lr"] for group in trainer.pre.optimizer.param_groups])
+        rates_seen = watch_updates(
+            patch, lambda trainer: [rate_of(group) for group in trainer.pre.optimizer.param_groups]
+        )
         output = finished(tmp_path_factory.mktemp("run") / "all", ema_decay=0.9, data=data, optim=optim)
     rates += rates_seen
     return output
@@ -184,16 +190,21 @@ def test_tensorboard_holds_the_scalars_of_the_metrics(run):
 
 
 def test_the_learning_rate_is_timms_cosine_of_the_step_for_every_group_in_every_phase(run, rates):
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    alone = torch.optim.SGD([parameter], lr=TINY.optim.lr)
+    base, lora = (
+        {"params": [torch.nn.Parameter(torch.zeros(1))], "lr": TINY.optim.lr * times}
+        for times in (1.0, TINY.prelora.lora_lr_mult)
+    )
+    alone = torch.optim.SGD([base, lora])
     cosine = CosineLRScheduler(alone, t_initial=6 * STEPS, lr_min=1e-5, warmup_t=STEPS, t_in_epochs=False)
 
     assert len(rates) == 6 * STEPS
     assert len(rates[0]) < len(rates[-1])  # LoRA has groups of its own
     for step, groups in enumerate(rates):
         cosine.step_update(step)
-        assert groups == pytest.approx([alone.param_groups[0]["lr"]] * len(groups), rel=1e-12)
-    assert [line["lr"] for line in metrics(run)] == [groups[0] for groups in rates[STEPS - 1 :: STEPS]]
+        of_base, of_lora = (group["lr"] for group in alone.param_groups)
+        expected = [of_lora if is_lora else of_base for is_lora, _ in groups]
+        assert [rate for _, rate in groups] == pytest.approx(expected, rel=1e-12)
+    assert [line["lr"] for line in metrics(run)] == [groups[0][1] for groups in rates[STEPS - 1 :: STEPS]]
 
 
 def test_accumulating_half_batches_equals_whole_ones(tmp_path):

@@ -97,7 +97,7 @@ def vit_small_imagenet_90ep() -> TrainConfig:
     steps of warm-up. The model is timm's: a class token and learned positions where that text pools and has fixed ones.
 
     Scaled by 300 / 90: a window of 3 epochs is as much of this schedule as 10 are of the paper's, so norms and loss
-    move as much more in it (τ 0.5 → 1.67 %, ζ 2.5 → 8.33 %), and w 10 → 3.
+    move as much more in it (τ 0.5 → 1.67 %, ζ 2.5 → 8.33 %), and w 10 → 3. LoRA's rate is the default, not the paper's.
     """
     lr_warmup = 8  # epochs of 1251 steps
     return TrainConfig(
