@@ -92,8 +92,8 @@ class PreLoRAConfig:
     lora_dropout: float = 0.0
     """Dropout on the adapters' input, in [0, 1)."""
     lora_lr_mult: float = 4.0
-    """LoRA's learning rate over that of the weight it adapts: 1 is the paper's, 4 was better in every run of
-    ``docs/results.md``."""
+    """LoRA's learning rate over that of the weight it adapts: 1 is the paper's, 4 was better on each of
+    ``docs/results.md``'s seeds."""
     lora_init: LoRAInit = "kaiming"
     """What A starts from: a Kaiming-uniform draw, or the directions in which the weights still moved last."""
     train_lora_a: bool = True

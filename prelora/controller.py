@@ -233,8 +233,8 @@ class PreLoRA:
     def abandon_step(self) -> None:
         """Take LoRA's ramp off the learning rates that an optimizer step which raised has left it on.
 
-        The next step, ``end_epoch`` and ``state_dict`` do so by themselves: call it before you save the optimizer
-        otherwise. Where no step has raised it does nothing.
+        The next step, ``end_epoch``, ``state_dict`` and ``load_state_dict`` do so by themselves: call it before you
+        save the optimizer otherwise. Where no step has raised it does nothing.
         """
         self._ramp.after(self.optimizer)
 
@@ -290,6 +290,7 @@ class PreLoRA:
             scheduler=self.scheduler,
             ema=self.ema,
         )
+        self.abandon_step()
         if self.seed != state["seed"]:
             warnings.warn(f"seed {self.seed} gives way to the saved {state['seed']}", PreLoRAWarning, stacklevel=2)
         self.seed, self.epoch, self.step = state["seed"], state["epoch"], state["step"]

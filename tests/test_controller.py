@@ -432,6 +432,21 @@ def test_a_step_that_raised_leaves_no_ramp_over_the_freeze():
     assert all(group["lr"] == before[group["name"]] for group in pre.optimizer.param_groups)
 
 
+def test_a_step_that_raised_leaves_nothing_to_a_state_loaded_after_it():
+    saved = start(total_steps=10_000)
+    until(saved, "warmup")
+    pre = start(total_steps=10_000, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1.0))
+    seen = []
+
+    failing_step(pre)
+    pre.load_state_dict(saved.state_dict())
+    for each in (saved, pre):
+        each.optimizer.register_step_pre_hook(lambda optimizer, *_: seen.append(rates(optimizer)))
+        train(each, steps=1)
+
+    assert seen[0] == seen[1]
+
+
 def test_the_schedule_is_carried_through_every_phase():
     def scheduler(optimizer):
         return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 12)

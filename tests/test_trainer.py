@@ -18,6 +18,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from prelora import PreLoRAWarning
 from prelora.analysis.records import load_run
 from prelora.data import build_source
+from prelora.optim import is_lora_group
 from prelora.train import loop
 from prelora.train.__main__ import main
 from prelora.train.display import plain_warnings
@@ -53,7 +54,7 @@ def watch_updates(patch, look):
 
 
 def rate_of(group):
-    return group.get("name", "").endswith("/lora"), group["lr"]
+    return is_lora_group(group.get("name", "")), group["lr"]
 
 
 @pytest.fixture(scope="module")
