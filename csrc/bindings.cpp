@@ -11,25 +11,10 @@
 #include <string>
 
 #include "cpu/grouped_gemm.h"
+#include "cpu/isa.h"
 
 namespace prelora {
 namespace {
-
-Dtype dtype_of(const char* name, at::TensorList tensors) {
-  if (tensors.empty()) {
-    return Dtype::kFloat32;
-  }
-  switch (tensors[0].scalar_type()) {
-    case at::kFloat:
-      return Dtype::kFloat32;
-    case at::kBFloat16:
-      return Dtype::kBFloat16;
-    case at::kHalf:
-      return Dtype::kFloat16;
-    default:
-      TORCH_CHECK_VALUE(false, name, " is ", tensors[0].scalar_type(), ": float32, bfloat16 and float16 are built");
-  }
-}
 
 void check_matrix(const char* name, size_t i, at::TensorList tensors, const at::Device& device) {
   const at::Tensor& tensor = tensors[i];
@@ -69,15 +54,6 @@ Problem problem_of(const Arguments& g, size_t i, const at::Device& device) {
   return p;
 }
 
-// In torch's own threads, as many as torch.set_num_threads allows; a caller that is in one of them keeps to it.
-int64_t threads() {
-  return at::in_parallel_region() ? 1 : at::get_num_threads();
-}
-
-void run_in_parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& run) {
-  at::parallel_for(0, tasks, 1, run);
-}
-
 void grouped_gemm_cpu(at::TensorList a, at::TensorList b, at::TensorList d, at::TensorList out,
                       at::ArrayRef<double> alpha, at::ArrayRef<double> beta, const c10::List<bool>& trans_a,
                       const c10::List<bool>& trans_b) {
@@ -112,13 +88,35 @@ std::string cuda() {
 
 }  // namespace
 
+Dtype dtype_of(const char* name, const at::Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case at::kFloat:
+      return Dtype::kFloat32;
+    case at::kBFloat16:
+      return Dtype::kBFloat16;
+    case at::kHalf:
+      return Dtype::kFloat16;
+    default:
+      TORCH_CHECK_VALUE(false, name, " is ", tensor.scalar_type(), ": float32, bfloat16 and float16 are built");
+  }
+}
+
+int64_t threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
+
+void run_in_parallel(int64_t tasks, const std::function<void(int64_t, int64_t)>& run) {
+  at::parallel_for(0, tasks, 1, run);
+}
+
 Call gather(const Arguments& g, c10::DeviceType device) {
   const size_t count = g.a.size();
   TORCH_CHECK_VALUE(g.b.size() == count && g.alpha.size() == count && g.trans_a.size() == count &&
                         g.trans_b.size() == count && (g.d.empty() || g.d.size() == count) &&
                         g.beta.size() == g.d.size(),
                     "lists of different lengths");
-  Call call{{}, {dtype_of("A", g.a), dtype_of("B", g.b), dtype_of("C", g.out), dtype_of("D", g.d)}};
+  const auto dtype = [](const char* name, at::TensorList tensors) {
+    return tensors.empty() ? Dtype::kFloat32 : dtype_of(name, tensors[0]);
+  };
+  Call call{{}, {dtype("A", g.a), dtype("B", g.b), dtype("C", g.out), dtype("D", g.d)}};
   call.problems.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     TORCH_CHECK_VALUE(g.a[0].device().type() == device, "group 0: A is on ", g.a[0].device());

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 BUILD_NOTE = "_C_build.txt"
 """What ``setup.py`` leaves beside this file where the extension could not be built: why."""
@@ -32,7 +34,13 @@ def reason() -> str | None:
             return "prelora._C was not built: `pip install --no-build-isolation` of the source tree builds it"
         return f"prelora._C cannot be loaded: {error}"
     torch.library.register_fake(CORE, lambda *_: None)
+    torch.library.register_fake("prelora_C::adapter_gradients", _fake_adapter_gradients)
     return None
+
+
+def _fake_adapter_gradients(*args: Any) -> list[Tensor]:
+    *_, lora_a, lora_b, _, _, _, need_a, need_b = args
+    return [torch.empty_like(factor) for factor, needed in ((lora_a, need_a), (lora_b, need_b)) if needed]
 
 
 @functools.cache

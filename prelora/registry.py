@@ -118,10 +118,43 @@ def define(reference: Callable[..., Any], mutates: Sequence[str] = ()) -> Operat
 
 
 def autograd(operator: Operator, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Give an operator its gradient, the same for every provider; as ``torch.library.register_autograd``."""
-    torch.library.register_autograd(
-        f"{NAMESPACE}::{operator.name}", backward, setup_context=setup_context, lib=_library
-    )
+    """Give an operator its gradient, the same for every provider.
+
+    As ``torch.library.register_autograd``, which serves operators that take lists of tensors; of the others, which a
+    model calls once a layer, it would cost each call a third of its time on the host.
+
+    Args:
+        backward: from ctx and the results' gradients to one of each argument, None where there is none.
+        setup_context: from ctx, inputs and output to nothing; saves what backward takes.
+    """
+    if any(torch._library.utils.is_tensorlist_like_type(argument.type) for argument in operator.op._schema.arguments):
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{operator.name}", backward, setup_context=setup_context, lib=_library
+        )
+        return
+
+    def below(keyset: Any, args: Sequence[Any]) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator.op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args  # last, so that ctx.needs_input_grad counts from the first input
+        output = below(keyset, inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    def gradients(ctx: Any, *grads: Any) -> Any:
+        return *backward(ctx, *grads), None
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
+    function: Any = type(operator.name, (torch.autograd.Function,), methods)
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args, keyset)
+        return below(keyset, args)
+
+    _library.impl(operator.name, kernel, "Autograd", with_keyset=True)
 
 
 def autocast(operator: Operator, cast: Callable[..., Sequence[Any]]) -> None:

@@ -25,6 +25,12 @@ void store_as(Dtype dtype, void* p, int64_t offset, typename S::Vector x, int64_
   return S::store(static_cast<Float16*>(p) + offset, x, lanes);
 }
 
+// The least equal shares of `total` that are at most `most`: no narrow last panel.
+inline int64_t even_share(int64_t total, int64_t most) {
+  const int64_t shares = (total + most - 1) / most;
+  return (total + shares - 1) / shares;
+}
+
 template <class S>
 class BlockRun {
  public:
@@ -52,12 +58,6 @@ class BlockRun {
 
  private:
   static constexpr int64_t kColumns = kTileColumns<S>;
-
-  // The least equal shares of `total` that are at most `most`: no narrow last panel.
-  static int64_t even_share(int64_t total, int64_t most) {
-    const int64_t shares = (total + most - 1) / most;
-    return (total + shares - 1) / shares;
-  }
 
   // Few summed terms: B stays packed in L2, and C and D are passed over once, along their rows.
   void run_short() {

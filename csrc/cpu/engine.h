@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../problem.h"
+#include "adapter_gradients.h"
 
 namespace prelora::cpu {
 
@@ -34,11 +35,35 @@ struct Block {
   double* squares;  // where the block's sum of squares goes instead of C; or null
 };
 
+// Columns of packed A or B of the low-rank products: whole vectors of any instruction set.
+inline int64_t padded_rank(int64_t rank) { return (rank + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+
+// Tokens [token, token_end) of A's and B's gradients.
+struct AdapterBlock {
+  const AdapterGradients* gradients;
+  const float *packed_a, *packed_b;  // by pack_adapter: A, and B_i of each slice, every rows · padded_rank further on
+  int64_t token, token_end;
+  float *sums_a, *sums_b;  // dA [rank, in]; of each slice dB_i^T / s_i [rank, rows]
+  bool add;                // to what is in the sums
+  float* scratch;          // adapter_scratch floats
+};
+
+// Of x, dy, S and dS, each as it is or copied with rows of kMaxLanes more.
+inline int64_t adapter_scratch(const AdapterGradients& g, int64_t tokens) {
+  return tokens * (g.in_features + g.out_features + 2 * g.rank + 4 * kMaxLanes);
+}
+
 struct Engine {
   const char* name;
   bool (*available)();
   void (*run)(const Block& block);
+  void (*run_adapter)(const AdapterBlock& block);
+  // From A, stored [rank, features], if transposed, else from B_i: features · padded_rank floats and kMaxLanes to spare.
+  void (*pack_adapter)(Dtype dtype, const void* from, int64_t features, int64_t rank, bool transposed, float* to);
 };
+
+// The best that this processor has, unless another was set.
+const Engine* engine();
 
 // Null where the build has no such instruction set.
 const Engine* avx512_engine();

@@ -1,8 +1,6 @@
 // Problems cut into blocks of about equal cost, and the blocks shared out over threads.
 #include "grouped_gemm.h"
 
-#include <atomic>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -18,21 +16,11 @@ constexpr double kBlockFlops = 24e6, kBlockBytes = 4e6;
 // C beyond this is not in any cache when it is next read, so it need not be fetched into one to be written.
 constexpr double kStreamBytes = 64e6;
 
-std::atomic<const Engine*>& chosen() {
-  static std::atomic<const Engine*> engine{[] {
-    for (const Engine* candidate : {avx512_engine(), avx2_engine()}) {
-      if (candidate && candidate->available()) return candidate;
-    }
-    return generic_engine();
-  }()};
-  return engine;
-}
-
 // Two bf16 factors go through instructions of their own beside AVX-512.
 const Engine* engine_for(const Dtypes& dtypes) {
-  const Engine *engine = chosen(), *bf16 = avx512_bf16_engine();
+  const Engine *best = engine(), *bf16 = avx512_bf16_engine();
   const bool both = dtypes.a == Dtype::kBFloat16 && dtypes.b == Dtype::kBFloat16;
-  return both && engine == avx512_engine() && bf16 && bf16->available() ? bf16 : engine;
+  return both && best == avx512_engine() && bf16 && bf16->available() ? bf16 : best;
 }
 
 // The least number of equal parts of `total`, none above `most`, rounded up to `multiple`.
@@ -108,28 +96,18 @@ void run(const Problem* problems, int64_t count, const Dtypes& dtypes, double* s
     }
   }
   std::vector<double> partial(squares ? tasks.size() : 0);
-  const Engine* engine = engine_for(dtypes);
-  std::atomic<size_t> next{0};
-  const auto drain = [&] {
-    for (size_t t; (t = next.fetch_add(1)) < tasks.size();) {
-      const Job& job = jobs[static_cast<size_t>(tasks[t].job)];
-      Block block{job.problem, dtypes, job.swapped, false, tasks[t].row, 0, tasks[t].column, 0, scratch(), nullptr};
-      if (job.swapped) std::swap(block.dtypes.a, block.dtypes.b);
-      block.stream = written > kStreamBytes && streams(job.problem, dtypes);
-      block.row_end = std::min(job.problem.m, block.row + job.rows);
-      block.column_end = std::min(job.problem.n, block.column + job.columns);
-      if (squares) block.squares = &partial[t];
-      engine->run(block);
-    }
-  };
-  const int64_t workers = std::min<int64_t>(std::max<int64_t>(threads, 1), static_cast<int64_t>(tasks.size()));
-  if (workers == 1) {
-    drain();
-  } else if (workers > 1) {
-    parallel(workers, [&](int64_t begin, int64_t end) {
-      if (begin < end) drain();
-    });
-  }
+  const Engine* served_by = engine_for(dtypes);
+  run_tasks(static_cast<int64_t>(tasks.size()), threads, parallel, [&](int64_t index) {
+    const size_t t = static_cast<size_t>(index);
+    const Job& job = jobs[static_cast<size_t>(tasks[t].job)];
+    Block block{job.problem, dtypes, job.swapped, false, tasks[t].row, 0, tasks[t].column, 0, scratch(), nullptr};
+    if (job.swapped) std::swap(block.dtypes.a, block.dtypes.b);
+    block.stream = written > kStreamBytes && streams(job.problem, dtypes);
+    block.row_end = std::min(job.problem.m, block.row + job.rows);
+    block.column_end = std::min(job.problem.n, block.column + job.columns);
+    if (squares) block.squares = &partial[t];
+    served_by->run(block);
+  });
   if (!squares) return;
   std::fill(squares, squares + count, 0.0);
   for (size_t t = 0; t < tasks.size(); ++t) squares[tasks[t].job] += partial[t];
@@ -145,17 +123,6 @@ void grouped_gemm(const Problem* problems, int64_t count, const Dtypes& dtypes, 
 void grouped_squares(const Problem* problems, int64_t count, const Dtypes& dtypes, double* squares, int64_t threads,
                      const Parallel& parallel) {
   run(problems, count, dtypes, squares, threads, parallel);
-}
-
-const char* isa() { return chosen().load()->name; }
-
-bool set_isa(const char* name) {
-  for (const Engine* engine : {avx512_engine(), avx2_engine(), generic_engine()}) {
-    if (!engine || std::strcmp(engine->name, name) != 0 || !engine->available()) continue;
-    chosen() = engine;
-    return true;
-  }
-  return false;
 }
 
 }  // namespace prelora::cpu

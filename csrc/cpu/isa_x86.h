@@ -29,6 +29,7 @@ PRELORA_PRAGMA(clang attribute push(__attribute__((target(PRELORA_TARGET))), app
 PRELORA_PRAGMA(GCC target(PRELORA_TARGET))
 #endif
 
+#include "adapter_block.h"
 #include "block.h"
 #include PRELORA_VECTOR_HEADER
 
@@ -36,6 +37,12 @@ namespace prelora::cpu {
 namespace {
 
 void run(const Block& block) { run_block<PRELORA_VECTOR>(block); }
+
+void run_adapter(const AdapterBlock& block) { run_adapter_block<PRELORA_VECTOR>(block); }
+
+void pack_factor(Dtype dtype, const void* from, int64_t features, int64_t rank, bool transposed, float* to) {
+  pack_adapter<PRELORA_VECTOR>(dtype, from, features, rank, transposed, to);
+}
 
 }  // namespace
 }  // namespace prelora::cpu
@@ -49,7 +56,7 @@ void run(const Block& block) { run_block<PRELORA_VECTOR>(block); }
 namespace prelora::cpu {
 
 const Engine* PRELORA_ENGINE() {
-  static const Engine engine{PRELORA_NAME, [] { return PRELORA_AVAILABLE; }, run};
+  static const Engine engine{PRELORA_NAME, [] { return PRELORA_AVAILABLE; }, run, run_adapter, pack_factor};
   return &engine;
 }
 

@@ -22,6 +22,7 @@ from prelora.registry import NAMESPACE, OPERATORS
 
 ONEDNN_LINEAR = "mkldnn::_linear_pointwise"
 GROUPED_GEMM = "prelora_C::grouped_gemm_"
+ADAPTER_GRADIENTS = "prelora_C::adapter_gradients"
 
 
 @dataclass
@@ -75,6 +76,8 @@ class TrafficCounter(TorchDispatchMode):
         elif name == GROUPED_GEMM:
             self._grouped(name, *args)
             return out
+        elif name == ADAPTER_GRADIENTS:
+            self.traffic.flops += _adapter_flops(*args)
         elif func._overloadpacket in flop_registry:
             self.traffic.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=out)
         if not _moves_nothing(func):
@@ -119,6 +122,14 @@ def frozen_floor(tokens: int, in_features: int, out_features: int, element_bytes
     """Bytes that a frozen Linear moves forward and backward, and one more read of x, without which A cannot train."""
     frozen = 2 * (tokens * in_features + tokens * out_features + out_features * in_features)
     return (frozen + tokens * in_features) * element_bytes
+
+
+def _adapter_flops(dy: Tensor, _: Any, s: Any, ds: Any, lora_a: Tensor, lora_b: Tensor, *rest: Any) -> int:
+    """Of dA and dB, and of the S and dS that are not given: A's elements, and B's, once each per token."""
+    *_, need_a, need_b = rest
+    by_a, by_b = lora_a.numel(), lora_b.numel()
+    products = need_a * (by_a + (ds is None) * by_b) + need_b * (by_b + (s is None) * by_a)
+    return 2 * dy.shape[0] * products
 
 
 def _moves_nothing(func: Any) -> bool:

@@ -114,11 +114,8 @@ def lora_linear_backward(
     if need_weight:
         da, db = ops.lora_merge_backward([dw], [lora_a], [lora_b], [len(rows)], rows, ranks, scaling)
         return grads + [grad for grad, needed in ((da, need_a), (db, need_b)) if needed]
-    ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling) if need_a else None
-    if need_b and s is None:
-        assert x2 is not None
-        s = product(x2, lora_a.to(x2.dtype))
-    return grads + _adapter_gradients(dy2, x2, s, ds, lora_a, lora_b, rows, ranks, scaling, need_b)
+    layout, s2 = (rows, ranks, scaling), None if s is None else _flat(s)
+    return grads + _adapter_gradients(dy2, x2, s2, None, lora_a, lora_b, *layout, need_a, need_b)
 
 
 def lora_two_path(
@@ -163,10 +160,10 @@ def lora_two_path_backward(
     need_x, need_weight, need_bias, need_a, need_b = need
     grads = []
     dy2, x2 = _flat(dy), None if x is None else _flat(x)
-    ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling) if need_x or need_a else None
+    ds = None
     if need_x:
         assert weight is not None
-        assert ds is not None
+        ds = _shrunk_gradient(dy2, lora_b, rows, ranks, scaling)
         dx = product(dy2, weight.t())
         a = lora_a.to(dy.dtype)
         if seed is None:
@@ -182,9 +179,10 @@ def lora_two_path_backward(
     if need_a:
         assert x2 is not None
         x2 = drop(x2, seed, dropout)
-    else:
-        ds = None
-    return grads + _adapter_gradients(dy2, x2, h, ds, lora_a, lora_b, rows, ranks, scaling, need_b)
+    if need_a or need_b:
+        layout = rows, ranks, scaling
+        grads += _adapter_gradients(dy2, x2, _flat(h), ds, lora_a, lora_b, *layout, need_a, need_b)
+    return grads
 
 
 def weight_norms(tensors: Sequence[Tensor], squared: bool) -> Tensor:
@@ -231,36 +229,29 @@ def _adapter_gradients(
     rows: Sequence[int],
     ranks: Sequence[int],
     scaling: Sequence[float],
+    need_a: bool,
     need_b: bool,
 ) -> list[Tensor]:
-    """dA = dSᵀ·x, where dS is given, and dB_i = s_i · dy_iᵀ · S_i, packed as B is, where it is needed."""
-    grads, sums = [], []
-    if ds is not None:
+    """The needed ones of dA = dSᵀ·x and dB_i = s_i · dy_iᵀ · S_i; dS and S where they are given, else computed."""
+    activations = [tensor for tensor in (dy, x, s, ds) if tensor is not None]
+    same = all(tensor.dtype == dy.dtype for tensor in activations)
+    if same and dy.shape[0] > 0 and extension_cpu_refusal(*activations, lora_a, lora_b) is None:
+        # One pass over x and dy, which five library products read five times; these take twice as long.
+        a, b = lora_a.contiguous(), lora_b.contiguous()
+        layout = list(rows), list(ranks), list(scaling)
+        return torch.ops.prelora_C.adapter_gradients(dy, x, s, ds, a, b, *layout, need_a, need_b)
+    grads = []
+    if need_a:
         assert x is not None
-        grads.append(torch.empty_like(lora_a, memory_format=torch.contiguous_format))
-        sums.append((ds, x, grads[-1], 1.0))
+        ds = _shrunk_gradient(dy, lora_b, rows, ranks, scaling) if ds is None else ds
+        grads.append(product(ds.t(), x.t()).to(lora_a.dtype))
     if need_b:
-        assert s is not None
-        grads.append(torch.empty_like(lora_b, memory_format=torch.contiguous_format))
-        shares = _flat(s).split(list(ranks), 1)
-        sums += list(zip(dy.split(list(rows), 1), shares, split_b(grads[-1], rows, ranks), scaling, strict=True))
-    _sum_over_tokens(sums)
+        if s is None:
+            assert x is not None
+            s = product(x, lora_a.to(x.dtype))
+        db = torch.empty_like(lora_b, memory_format=torch.contiguous_format)
+        shares = zip(dy.split(list(rows), 1), s.split(list(ranks), 1), split_b(db, rows, ranks), scaling, strict=True)
+        for dy_i, s_i, db_i, scale in shares:
+            db_i.copy_(scale * product(s_i.t(), dy_i.contiguous().t()).t())
+        grads.append(db)
     return grads
-
-
-def _sum_over_tokens(sums: Sequence[tuple[Tensor, Tensor, Tensor, float]]) -> None:
-    """Write alpha · aᵀ·b of each (a [tokens, m], b [tokens, n], out [m, n], alpha), one of m and n being small."""
-    if not sums:
-        return
-    a, b, out, alpha = (list(column) for column in zip(*sums, strict=True))
-    tokens, count = a[0].shape[0], len(sums)
-    if tokens > 0 and extension_cpu_refusal(*a, *b, *out) is None:
-        # Products as narrow as this take the library 1.3 to 2.5 times as long (2 cores of an AMD EPYC, 2026).
-        torch.ops.prelora_C.grouped_gemm_(a, b, [], out, alpha, [], [True] * count, [False] * count)
-        return
-    for a_i, b_i, out_i, alpha_i in sums:
-        # Along the longer of the rows, along which the library's product runs faster.
-        tall = a_i.shape[1] > b_i.shape[1]
-        narrow, wide = (b_i, a_i) if tall else (a_i, b_i)
-        result = product(narrow.t(), wide.contiguous().t())
-        torch.mul(result.t() if tall else result, alpha_i, out=out_i)
