@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -64,3 +65,7 @@ def choose_execution(
     if torch.compiler.is_compiling():
         return Choice(cheaper, "the cheaper one")  # Dynamo cannot print a number that it keeps symbolic
     return Choice(cheaper, f"merging costs {ratio:.2g} of a second path at {tokens} tokens")
+
+
+remembered_choice = functools.lru_cache(maxsize=1024)(choose_execution)
+"""``choose_execution`` outside Dynamo, which traces no cache: a layer asks the same of it at every step."""

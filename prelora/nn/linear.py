@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from prelora.config import Execution, check_execution
-from prelora.nn.execution import Choice, Work, choose_execution
+from prelora.nn.execution import Choice, Work, choose_execution, remembered_choice
 from prelora.nn.merged_again import lora_linear_merged_again
 from prelora.nn.shared_weight import SharedWeight
 from prelora.ops import lora_linear, lora_merge, lora_two_path
@@ -212,8 +212,9 @@ class LoRALinear(nn.Linear):
             if self.training and torch.is_grad_enabled():
                 raise RuntimeError("a merged LoRALinear cannot train (A and B get no gradient): call unmerge() first")
             return F.linear(x, self.weight, self.bias)
-        w_eff = self._shared_weight()
-        plan = self.plan(x.numel() // self.in_features) if w_eff is None else SHARED
+        dtype = self.compute_dtype
+        w_eff = self._shared_weight(dtype)
+        plan = self._plan(x.numel() // self.in_features, dtype) if w_eff is None else SHARED
         if not torch.compiler.is_compiling():
             self.last_plan = plan
         if plan.execution == "two_path":
@@ -223,10 +224,10 @@ class LoRALinear(nn.Linear):
         if trains and self.sharded:
             lora_a, lora_b = self._adapters()
             return lora_linear_merged_again(
-                x, self.weight, self.bias, lora_a, lora_b, self.rows, self.rank, self.scaling, self.compute_dtype
+                x, self.weight, self.bias, lora_a, lora_b, self.rows, self.rank, self.scaling, dtype
             )
         if w_eff is None:
-            w_eff = merged_weights([self], self.compute_dtype)[0]
+            w_eff = merged_weights([self], dtype)[0]
             if self._shared is not None and not torch.compiler.is_compiling():
                 self._shared.keep(w_eff, self.weight, self.lora_A, self.lora_B)
         if not trains:
@@ -248,10 +249,10 @@ class LoRALinear(nn.Linear):
             return self.lora_A.detach(), self.lora_B.detach()
         return self.lora_A, self.lora_B
 
-    def _shared_weight(self) -> Tensor | None:
+    def _shared_weight(self, dtype: torch.dtype) -> Tensor | None:
         if self._shared is None or self._drops:
             return None
-        return self._shared.current(self.compute_dtype, self.weight, self.lora_A, self.lora_B)
+        return self._shared.current(dtype, self.weight, self.lora_A, self.lora_B)
 
     @property
     def sharded(self) -> bool:
@@ -273,34 +274,41 @@ class LoRALinear(nn.Linear):
     @property
     def merges_always(self) -> bool:
         """Whether the layer takes merged execution now, whatever the number of tokens."""
+        return self._merges_always(self.compute_dtype)
+
+    def _merges_always(self, dtype: torch.dtype) -> bool:
         if self.merged or self._drops or self.execution == "two_path":
             return False
         if self.execution == "merged":
             return True
         if self.weight.element_size() < 4:
             return False
-        is_cast = self.weight.dtype != self.compute_dtype
+        is_cast = self.weight.dtype != dtype
         return torch.is_grad_enabled() and (is_cast or self.weight.device.type == "cuda")
 
     def plan(self, tokens: int) -> Choice:
         """How an input of ``tokens`` rows is computed now, and why; a pure function of sizes, dtypes and phase."""
+        return self._plan(tokens, self.compute_dtype)
+
+    def _plan(self, tokens: int, dtype: torch.dtype) -> Choice:
         if self._drops:
             return Choice("two_path", "dropout gives the low-rank path an input of its own")
         if self.execution != "auto":
             return Choice(self.execution, "asked for")
         if self.weight.element_size() < 4:
             return Choice("two_path", f"a sum in {self.weight.dtype} would round LoRA's update away")
-        if self.merges_always:
+        if self._merges_always(dtype):
             return ALWAYS
         trains = self.weight.requires_grad
         work: Work = "inference" if not torch.is_grad_enabled() else "warmup" if trains else "lora"
-        return choose_execution(
+        choose = choose_execution if torch.compiler.is_compiling() else remembered_choice
+        return choose(
             tokens=tokens,
             in_features=self.in_features,
             rows=self.rows,
             ranks=self.rank,
             weight_bytes=self.weight.element_size(),
-            compute_bytes=self.compute_dtype.itemsize,
+            compute_bytes=dtype.itemsize,
             device_type=self.weight.device.type,
             work=work,
         )
