@@ -236,7 +236,7 @@ def _adapter_gradients(
     activations = [tensor for tensor in (dy, x, s, ds) if tensor is not None]
     same = all(tensor.dtype == dy.dtype for tensor in activations)
     if same and dy.shape[0] > 0 and extension_cpu_refusal(*activations, lora_a, lora_b) is None:
-        # One pass over x and dy, which five library products read five times; these take twice as long.
+        # One pass over x and dy; the library's four products take 1.1 to 2.5 times as long (2 cores of a Xeon, 2026).
         a, b = lora_a.contiguous(), lora_b.contiguous()
         layout = list(rows), list(ranks), list(scaling)
         return torch.ops.prelora_C.adapter_gradients(dy, x, s, ds, a, b, *layout, need_a, need_b)
