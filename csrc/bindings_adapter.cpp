@@ -22,10 +22,15 @@ const void* matrix(const char* name, const at::Tensor& tensor, int64_t rows, int
 
 std::vector<cpu::AdapterSlice> slices_of(at::IntArrayRef rows, at::IntArrayRef ranks, at::ArrayRef<double> scaling) {
   TORCH_CHECK_VALUE(rows.size() == ranks.size() && scaling.size() == ranks.size(), "lists of different lengths");
+  TORCH_CHECK_VALUE(!rows.empty(), "there is no slice");
   std::vector<cpu::AdapterSlice> slices;
+  int64_t row = 0, first = 0, element = 0;
   for (size_t i = 0; i < rows.size(); ++i) {
     TORCH_CHECK_VALUE(rows[i] > 0 && ranks[i] > 0, "slice ", i, ": ", rows[i], " rows of rank ", ranks[i]);
-    slices.push_back({rows[i], ranks[i], static_cast<float>(scaling[i])});
+    slices.push_back({rows[i], ranks[i], static_cast<float>(scaling[i]), row, first, element});
+    row += rows[i];
+    first += ranks[i];
+    element += rows[i] * ranks[i];
   }
   return slices;
 }
@@ -35,12 +40,9 @@ std::vector<at::Tensor> adapter_gradients(const at::Tensor& dy, const Given& x, 
                                           at::IntArrayRef ranks, at::ArrayRef<double> scaling, bool need_a,
                                           bool need_b) {
   const std::vector<cpu::AdapterSlice> slices = slices_of(rows, ranks, scaling);
-  int64_t out_features = 0, rank = 0, elements_b = 0;
-  for (const cpu::AdapterSlice& slice : slices) {
-    out_features += slice.rows;
-    rank += slice.rank;
-    elements_b += slice.rows * slice.rank;
-  }
+  const cpu::AdapterSlice& last = slices.back();
+  const int64_t out_features = last.row + last.rows, rank = last.first + last.rank;
+  const int64_t elements_b = last.element + last.rows * last.rank;
   TORCH_CHECK_VALUE(dy.dim() == 2 && a.dim() == 2 && b.is_contiguous() && b.numel() == elements_b && b.device().is_cpu(),
                     "dy is ", dy.sizes(), ", A ", a.sizes(), ", B ", b.sizes(), " on ", b.device(), " for ",
                     elements_b, " elements");
@@ -68,6 +70,7 @@ std::vector<at::Tensor> adapter_gradients(const at::Tensor& dy, const Given& x, 
                                       in_features,
                                       out_features,
                                       rank,
+                                      elements_b,
                                       slices.data(),
                                       static_cast<int64_t>(slices.size()),
                                       dtype_of("dy", dy),

@@ -19,11 +19,7 @@ template <class S, int kVectors, int kRows>
 void shrink_tile(int64_t steps, const float* x, int64_t ldx, const float* p, float scale, float* out, int64_t ldo,
                  int64_t width, bool add) {
   typename S::Vector sums[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = S::zero();
-  }
+  clear<S>(sums);
   // Every third row has a pointer; the two after it are one and two times ldx away, which an address can hold.
   const float* third[(kRows + 2) / 3];
 #pragma GCC unroll 8
@@ -59,11 +55,7 @@ template <class S, int kVectors, int kRows>
 void gather_tile(int64_t tokens, const float* s, int64_t lds, const float* y, int64_t ldy, float* sums, int64_t ld,
                  int64_t lanes, bool add) {
   typename S::Vector x[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int i = 0; i < kRows; ++i) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) x[i][v] = S::zero();
-  }
+  clear<S>(x);
 #pragma GCC unroll 1
   for (int64_t t = 0; t < tokens; ++t) {
     typename S::Vector row[kVectors];
@@ -147,11 +139,11 @@ class AdapterRun {
       ds = rows(g_.ds, rank, take);
     } else if (g_.da) {
       float* to = take(tokens_ * rank);
-      int64_t padded = 0;
-      each_slice([&](const AdapterSlice& slice, int64_t row, int64_t first, int64_t) {
-        shrink(slice.rows, dy.at + row, dy.ld, block_.packed_b + padded, slice.rank, slice.scaling, to + first);
-        padded += slice.rows * padded_rank(slice.rank);
-      });
+      for (int64_t i = 0; i < g_.count; ++i) {
+        const AdapterSlice& slice = g_.slices[i];
+        const float* b = block_.packed_b + packed_floats(slice.element, slice.row);
+        shrink(slice.rows, dy.at + slice.row, dy.ld, b, slice.rank, slice.scaling, to + slice.first);
+      }
       ds = {to, rank};
     }
     if (g_.db && g_.s) {
@@ -162,10 +154,11 @@ class AdapterRun {
       s = {to, rank};
     }
     if (g_.da) gather(rank, ds, g_.in_features, x, block_.sums_a);
-    if (!g_.db) return;
-    each_slice([&](const AdapterSlice& slice, int64_t row, int64_t first, int64_t packed) {
-      gather(slice.rank, {s.at + first, s.ld}, slice.rows, {dy.at + row, dy.ld}, block_.sums_b + packed);
-    });
+    for (int64_t i = 0; i < g_.count && g_.db; ++i) {
+      const AdapterSlice& slice = g_.slices[i];
+      gather(slice.rank, {s.at + slice.first, s.ld}, slice.rows, {dy.at + slice.row, dy.ld},
+             block_.sums_b + slice.element);
+    }
   }
 
  private:
@@ -193,18 +186,6 @@ class AdapterRun {
       }
     }
     return {to, ld};
-  }
-
-  template <class Each>
-  void each_slice(const Each& each) const {
-    int64_t row = 0, first = 0, packed = 0;
-    for (int64_t i = 0; i < g_.count; ++i) {
-      const AdapterSlice& slice = g_.slices[i];
-      each(slice, row, first, packed);
-      row += slice.rows;
-      first += slice.rank;
-      packed += slice.rows * slice.rank;
-    }
   }
 
   // out[t, r] = scale * sum over k of x[t, k] * p[k, r] for every token of the block; out has g.rank columns. A chunk of

@@ -31,9 +31,7 @@ constexpr int64_t kManySums = 65536;
 
 bool takes_products(const AdapterGradients& g) {
   const bool all_fp32 = g.activations == Dtype::kFloat32 && g.dtype_a == Dtype::kFloat32 && g.dtype_b == Dtype::kFloat32;
-  int64_t sums = g.rank * g.in_features;
-  for (int64_t i = 0; i < g.count; ++i) sums += g.slices[i].rows * g.slices[i].rank;
-  return all_fp32 && g.tokens > 0 && sums > kManySums;
+  return all_fp32 && g.tokens > 0 && g.rank * g.in_features + g.elements_b > kManySums;
 }
 
 void put(Dtype dtype, void* to, int64_t at, float x) {
@@ -48,9 +46,8 @@ class Run {
       : g_(gradients),
         spans_(spans_of(g_.tokens, g_.rank)),
         elements_a_(g_.rank * g_.in_features),
-        elements_b_(elements_b([](int64_t rank) { return rank; })),
-        packed_a_(computes_s() ? g_.in_features * padded_rank(g_.rank) + kMaxLanes : 0),
-        packed_b_(computes_ds() ? elements_b(padded_rank) + kMaxLanes : 0),
+        packed_a_(computes_s() ? packed_floats(elements_a_, g_.in_features) + kMaxLanes : 0),
+        packed_b_(computes_ds() ? packed_floats(g_.elements_b, g_.out_features) + kMaxLanes : 0),
         sums_(spans_ * per_span()) {
     pack();
   }
@@ -67,30 +64,22 @@ class Run {
 
  private:
   static int64_t pieces_of(int64_t columns) { return (columns + kAddedColumns - 1) / kAddedColumns; }
-  int64_t per_span() const { return (g_.da ? elements_a_ : 0) + (g_.db ? elements_b_ : 0); }
+  int64_t per_span() const { return (g_.da ? elements_a_ : 0) + (g_.db ? g_.elements_b : 0); }
   float* sums_a(int64_t span) { return sums_.data() + span * per_span(); }
   float* sums_b(int64_t span) { return sums_a(span) + (g_.da ? elements_a_ : 0); }
 
   bool computes_s() const { return g_.db && !g_.s; }
   bool computes_ds() const { return g_.da && !g_.ds; }
 
-  int64_t elements_b(int64_t (*columns)(int64_t rank)) const {
-    int64_t elements = 0;
-    for (int64_t i = 0; i < g_.count; ++i) elements += g_.slices[i].rows * columns(g_.slices[i].rank);
-    return elements;
-  }
-
   // A for S, and B for dS, once for all tokens.
   void pack() {
     const Engine& by = *engine();
     if (computes_s()) by.pack_adapter(g_.dtype_a, g_.a, g_.in_features, g_.rank, true, packed_a_.data());
-    int64_t at = 0, to = 0;
     for (int64_t i = 0; i < g_.count && computes_ds(); ++i) {
       const AdapterSlice& slice = g_.slices[i];
-      const char* b = static_cast<const char*>(g_.b) + at * bytes_of(g_.dtype_b);
-      by.pack_adapter(g_.dtype_b, b, slice.rows, slice.rank, false, packed_b_.data() + to);
-      at += slice.rows * slice.rank;
-      to += slice.rows * padded_rank(slice.rank);
+      const char* b = static_cast<const char*>(g_.b) + slice.element * bytes_of(g_.dtype_b);
+      float* to = packed_b_.data() + packed_floats(slice.element, slice.row);
+      by.pack_adapter(g_.dtype_b, b, slice.rows, slice.rank, false, to);
     }
   }
 
@@ -127,26 +116,24 @@ class Run {
 
   // B's are summed as their transposes.
   void finish_b(int64_t threads, const Parallel& parallel) {
-    float* sums = sums_b(0);
-    int64_t at = 0;
     for (int64_t i = 0; i < g_.count; ++i) {
-      const AdapterSlice slice = g_.slices[i];
+      const AdapterSlice& slice = g_.slices[i];
+      float* sums = sums_b(0) + slice.element;
       run_tasks(pieces_of(slice.rows), threads, parallel, [&](int64_t piece) {
         const int64_t first = piece * kAddedColumns, count = std::min(kAddedColumns, slice.rows - first);
         for (int64_t r = 0; r < slice.rank; ++r) {
-          float* row = sums + at + r * slice.rows + first;
+          float* row = sums + r * slice.rows + first;
           add_up(row, count);
           for (int64_t j = 0; j < count; ++j) {
-            put(g_.dtype_b, g_.db, at + (first + j) * slice.rank + r, slice.scaling * row[j]);
+            put(g_.dtype_b, g_.db, slice.element + (first + j) * slice.rank + r, slice.scaling * row[j]);
           }
         }
       });
-      at += slice.rows * slice.rank;
     }
   }
 
   const AdapterGradients& g_;
-  const int64_t spans_, elements_a_, elements_b_;
+  const int64_t spans_, elements_a_;
   const KeptFloats packed_a_, packed_b_, sums_;
 };
 

@@ -8,9 +8,11 @@
 
 namespace prelora::cpu {
 
+// Rows of W with a rank of their own: dy's columns from `row` on, S's from `first`, and B's elements from `element`.
 struct AdapterSlice {
   int64_t rows, rank;
   float scaling;
+  int64_t row, first, element;
 };
 
 // dA = dS^T·x and dB_i = s_i · dy_i^T·S_i, with S = x·A^T and dS_i = s_i · dy_i·B_i unless they are given. Matrices are
@@ -20,7 +22,7 @@ struct AdapterGradients {
   const void *dy, *x, *s, *ds;  // x null where neither dA nor S is computed; S, dS null: not given
   const void *a, *b;
   void *da, *db;  // null: not wanted
-  int64_t tokens, in_features, out_features, rank;
+  int64_t tokens, in_features, out_features, rank, elements_b;
   const AdapterSlice* slices;
   int64_t count;
   Dtype activations, dtype_a, dtype_b;

@@ -44,22 +44,18 @@ void adapter_gradients_by_products(const AdapterGradients& g, int64_t threads, c
     float* da = static_cast<float*>(g.da);
     summed.push_back(sum_over_tokens(da, in_features, {ds, rank}, x, rank, in_features, tokens, 1));
   }
-  int64_t row = 0, first = 0, at = 0;
   for (int64_t i = 0; i < g.count; ++i) {
     const AdapterSlice& slice = g.slices[i];
-    const Matrix dy{floats(g.dy) + row, g.out_features};
+    const Matrix dy{floats(g.dy) + slice.row, g.out_features};
     if (computes_ds) {
-      shrunk.push_back(product(own_ds.data() + first, rank, dy, {floats(g.b) + at, slice.rank}, tokens, slice.rank,
-                               slice.rows, slice.scaling, false));
+      shrunk.push_back(product(own_ds.data() + slice.first, rank, dy, {floats(g.b) + slice.element, slice.rank},
+                               tokens, slice.rank, slice.rows, slice.scaling, false));
     }
     if (g.db) {
-      float* db = static_cast<float*>(g.db) + at;
-      summed.push_back(sum_over_tokens(db, slice.rank, dy, {s + first, rank}, slice.rows, slice.rank, tokens,
-                                       slice.scaling));
+      float* db = static_cast<float*>(g.db) + slice.element;
+      summed.push_back(sum_over_tokens(db, slice.rank, dy, {s + slice.first, rank}, slice.rows, slice.rank,
+                                       tokens, slice.scaling));
     }
-    row += slice.rows;
-    first += slice.rank;
-    at += slice.rows * slice.rank;
   }
   for (const std::vector<Problem>* problems : {&shrunk, &summed}) {
     grouped_gemm(problems->data(), static_cast<int64_t>(problems->size()), kFloats, threads, parallel);

@@ -35,13 +35,13 @@ struct Block {
   double* squares;  // where the block's sum of squares goes instead of C; or null
 };
 
-// Columns of packed A or B of the low-rank products: whole vectors of any instruction set.
-inline int64_t padded_rank(int64_t rank) { return (rank + kMaxLanes - 1) / kMaxLanes * kMaxLanes; }
+// Room for A, or the first slices of B, packed: ranks are padded to whole vectors, feature by feature.
+inline int64_t packed_floats(int64_t elements, int64_t features) { return elements + (kMaxLanes - 1) * features; }
 
 // Tokens [token, token_end) of A's and B's gradients.
 struct AdapterBlock {
   const AdapterGradients* gradients;
-  const float *packed_a, *packed_b;  // by pack_adapter: A, and B_i of each slice, every rows · padded_rank further on
+  const float *packed_a, *packed_b;  // by pack_adapter: A, and each slice's B_i from packed_floats(element, row) on
   int64_t token, token_end;
   float *sums_a, *sums_b;  // dA [rank, in]; of each slice dB_i^T / s_i [rank, rows]
   bool add;                // to what is in the sums
@@ -58,7 +58,7 @@ struct Engine {
   bool (*available)();
   void (*run)(const Block& block);
   void (*run_adapter)(const AdapterBlock& block);
-  // From A, stored [rank, features], if transposed, else from B_i: features · padded_rank floats and kMaxLanes to spare.
+  // From A, stored [rank, features], if transposed, else from B_i: packed_floats, and kMaxLanes to spare.
   void (*pack_adapter)(Dtype dtype, const void* from, int64_t features, int64_t rank, bool transposed, float* to);
 };
 

@@ -105,14 +105,19 @@ struct Square {
   }
 };
 
-template <class S, class Out, int kRows>
-void tile(int64_t steps, const float* a, const float* b, const Ahead& ahead, const Out& out) {
-  typename S::Vector x[kRows][S::kTileVectors];
+template <class S, int kRows, int kVectors>
+inline void clear(typename S::Vector (&sums)[kRows][kVectors]) {
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < S::kTileVectors; ++v) x[i][v] = S::zero();
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = S::zero();
   }
+}
+
+template <class S, class Out, int kRows>
+void tile(int64_t steps, const float* a, const float* b, const Ahead& ahead, const Out& out) {
+  typename S::Vector x[kRows][S::kTileVectors];
+  clear<S>(x);
   Ahead next = ahead;
 #pragma GCC unroll 1
   for (int64_t k = 0; k < steps; ++k) {
