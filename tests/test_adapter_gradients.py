@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from rounding import DTYPES, assert_rounded
 
 from prelora import _ext
 from prelora.nn import LoRALinear
@@ -13,9 +14,6 @@ from prelora.registry import REFERENCE, use_provider
 
 pytestmark = pytest.mark.skipif(_ext.reason() is not None, reason=_ext.reason() or "")
 
-HALF_STEP = {torch.float32: 6e-8, torch.bfloat16: 3.95e-3, torch.float16: 4.9e-4}
-"""The largest relative error of one rounding."""
-DTYPES = [*HALF_STEP]
 CASES = {
     **SMALL,
     "several spans, several slices": LinearCase(1000, 72, (40, 33, 17), (5, 14, 29)),
@@ -24,22 +22,6 @@ CASES = {
     "sums that fill the cache": LinearCase(300, 384, (256, 128), (120, 60)),
 }
 NEEDS = [(True, True), (True, False), (False, True)]
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's threads; afterwards they are as before."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def set_isa():
-    """Sets the instruction set; afterwards it is as before."""
-    best = torch.ops.prelora_C.isa()
-    yield torch.ops.prelora_C.set_isa
-    torch.ops.prelora_C.set_isa(best)
 
 
 def arguments_of(case, dtype=torch.float32, wide=None, need=(True, True), given=(), seed=0):
@@ -65,7 +47,6 @@ def expected_of(arguments, magnitudes=False):
 
 
 def assert_right(arguments):
-    """Up to one rounding to the result's dtype, and fp32's error in a sum of the terms' sizes."""
     actual = torch.ops.prelora_C.adapter_gradients(*arguments)
     factors = [factor for factor, needed in zip(arguments[4:6], arguments[-2:], strict=True) if needed]
 
@@ -73,7 +54,7 @@ def assert_right(arguments):
         actual, expected_of(arguments), expected_of(arguments, magnitudes=True), factors, strict=True
     ):
         assert (mine.shape, mine.dtype) == (factor.shape, factor.dtype)
-        assert ((mine.double() - right).abs() <= HALF_STEP[mine.dtype] * right.abs() + 1e-6 * size + 6e-8).all()
+        assert_rounded(mine, right, size)
 
 
 @pytest.mark.parametrize("given", [(), ("s",), ("ds",), ("s", "ds")], ids=str)

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from rounding import DTYPES, HALF_STEP, assert_rounded
 
 from prelora import _ext
 from prelora.errors import ProviderError
@@ -11,20 +12,8 @@ from prelora.ops import grouped_gemm, grouped_gemm_, lora_merge, lora_merge_back
 from prelora.ops.cases import GROUPS, LAYOUTS, GroupCase, LinearCase, group_arguments, merge_arguments
 from prelora.registry import REFERENCE, use_provider
 
-HALF_STEP = {torch.float32: 6e-8, torch.bfloat16: 3.95e-3, torch.float16: 4.9e-4}
-"""The largest relative error of one rounding."""
-DTYPES = [*HALF_STEP]
-
 extension = pytest.mark.skipif(_ext.reason() is not None, reason=_ext.reason() or "")
 providers = pytest.mark.parametrize("provider", [REFERENCE, pytest.param("cpu", marks=extension)])
-
-
-@pytest.fixture
-def threads():
-    """Sets torch's threads; afterwards they are as before."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def random_groups(rng, count):
@@ -48,7 +37,6 @@ def doubles(arguments):
 
 
 def assert_right(actual, arguments):
-    """Up to one rounding to the result's dtype, and fp32's error in a sum of the terms' sizes."""
     a, b, d, alpha, beta, *trans, _ = doubles(arguments)
     expected = grouped_gemm.reference(a, b, d, alpha, beta, *trans, torch.float64)
     sizes = grouped_gemm.reference(
@@ -59,7 +47,7 @@ def assert_right(actual, arguments):
     )
     for mine, right, size in zip(actual, expected, sizes, strict=True):
         assert mine.dtype == arguments[-1]
-        assert ((mine.double() - right).abs() <= HALF_STEP[mine.dtype] * right.abs() + 1e-6 * size + 6e-8).all()
+        assert_rounded(mine, right, size)
 
 
 @extension
@@ -92,22 +80,18 @@ def test_bits_do_not_depend_on_threads(result, threads):
 
 
 @extension
-def test_every_instruction_set_computes_the_same_function():
+def test_every_instruction_set_computes_the_same_function(set_isa):
     arguments = group_arguments(
         random_groups(random.Random(2), 40), [torch.bfloat16, torch.float16, torch.float32, torch.float32]
     )
-    best = torch.ops.prelora_C.isa()
     served = []
 
-    try:
-        for name in ("generic", "avx2", "avx512"):
-            if torch.ops.prelora_C.set_isa(name):
-                served.append(torch.ops.prelora_C.isa())
-                assert_right(grouped_gemm(*arguments), arguments)
-        assert not torch.ops.prelora_C.set_isa("none")
-    finally:
-        torch.ops.prelora_C.set_isa(best)
+    for name in ("generic", "avx2", "avx512"):
+        if set_isa(name):
+            served.append(torch.ops.prelora_C.isa())
+            assert_right(grouped_gemm(*arguments), arguments)
 
+    assert not set_isa("none")
     assert served[0] == "generic"
 
 
