@@ -8,6 +8,7 @@ from rounding import DTYPES, assert_rounded
 
 from prelora import _ext
 from prelora.nn import LoRALinear
+from prelora.ops import lora_linear_backward
 from prelora.ops.cases import SMALL, LinearCase, linear_tensors
 from prelora.ops.lora_linear import adapter_gradients
 from prelora.registry import REFERENCE, use_provider
@@ -117,6 +118,19 @@ def test_a_layer_of_any_leading_dimensions_takes_it(execution, train_a):
             gradients[provider] = torch.autograd.grad(layer(x).square().sum(), trained)
 
     for mine, right in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(mine, right)
+
+
+@pytest.mark.parametrize("tokens", [0, 5])
+def test_what_it_does_not_take_the_provider_makes_otherwise(tokens):
+    x, a, b = torch.randn(tokens, 6), torch.randn(3, 6), torch.randn(15)
+    arguments = [torch.randn(tokens, 8), x, None, torch.randn(8, 6), a, b, [3, 5], [0, 3], [1.0, 1.0]]
+    need = [True, False, False, True, True]
+
+    with use_provider("cpu"):
+        gradients = lora_linear_backward(*arguments, need)
+
+    for mine, right in zip(gradients, lora_linear_backward.reference(*arguments, need), strict=True):
         torch.testing.assert_close(mine, right)
 
 

@@ -234,8 +234,8 @@ def _adapter_gradients(
 ) -> list[Tensor]:
     """The needed ones of dA = dSᵀ·x and dB_i = s_i · dy_iᵀ · S_i; dS and S where they are given, else computed."""
     activations = [tensor for tensor in (dy, x, s, ds) if tensor is not None]
-    same = all(tensor.dtype == dy.dtype for tensor in activations)
-    if same and dy.shape[0] > 0 and extension_cpu_refusal(*activations, lora_a, lora_b) is None:
+    fits = all(tensor.dtype == dy.dtype for tensor in activations) and dy.shape[0] > 0 and 0 not in ranks
+    if fits and extension_cpu_refusal(*activations, lora_a, lora_b) is None:
         # One pass over x and dy; the library's four products take 1.1 to 2.5 times as long (2 cores of a Xeon, 2026).
         a, b = lora_a.contiguous(), lora_b.contiguous()
         layout = list(rows), list(ranks), list(scaling)
